@@ -1,0 +1,220 @@
+"""The RunSpec: everything all peers of a run must agree on. Frozen, hashed, record 0 of the log.
+
+It knows nothing of addresses, devices or folders; those are local settings of each program.
+"""
+
+import hashlib
+import json
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from peerturb import limits
+from peerturb.errors import SpecError
+from peerturb.ids import RunKey
+from peerturb.manifest import DType
+
+PROTOCOL_VERSION = 1
+
+
+class Section(BaseModel):
+    """A frozen part of the spec; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSpec(Section):
+    """The base model."""
+
+    name: str = Field(min_length=1, max_length=512)
+    """Hub name, or a label; a node may load the same weights from a local folder instead."""
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Digest of the base weights in `dtype` (`peerturb model` prints it): a peer with others is refused."""
+    dtype: DType = "float32"
+    """Type of the weights in every replica."""
+    exclude: tuple[str, ...] = ()
+    """Shell-style patterns (`fnmatch`) of parameter names that stay frozen."""
+    exponents: dict[str, Annotated[int, Field(ge=-16, le=16)]] = Field(default_factory=dict)
+    """Scale exponent k by name pattern, the first match in sorted pattern order holds; 0 otherwise."""
+
+
+class PerturbationSpec(Section):
+    """The noise and its measurement."""
+
+    family: Literal["rank1", "dense"] = "rank1"
+    """`rank1`: a matrix's noise is an outer product of signs; `dense`: one sign per element."""
+    epsilon: float = Field(default=1e-3, gt=0, le=1)
+    """Half the distance between the two evaluations of a probe."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How g / s becomes an integer."""
+    initial_scale: float = Field(default=0.05, gt=0, le=1e6)
+    """s of round 0; later scales follow from the sealed codes."""
+
+
+class StepSpec(Section):
+    """How codes become a step."""
+
+    rule: Literal["normalized", "sgd"] = "normalized"
+    """`normalized`: lr / (n rms(c)), blind to the loss's scale; `sgd`: lr s / n."""
+    learning_rate: float = Field(default=1.5e-2, gt=0, le=1e3)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate over `round.count` rounds, from `learning_rate` to `final_fraction` of it."""
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
+    warmup_rounds: int = Field(default=0, ge=0, le=limits.ROUNDS_MAX)
+    """Rounds over which the rate rises linearly from zero before the schedule begins."""
+
+
+class RoundSpec(Section):
+    """Who is waited for, and how long."""
+
+    count: int = Field(default=0, ge=0, le=limits.ROUNDS_MAX)
+    """Rounds in the run; 0 goes on until stopped."""
+    probes_max: int = Field(default=128, ge=1, le=limits.PROBES_PER_CONTRIBUTION_MAX)
+    """Most codes in one contribution."""
+    budget_ms: int = Field(default=0, ge=0, le=3_600_000)
+    """Time a peer should spend on a round's probes; it sends as many as fit. 0: always `probes_max`."""
+    min_peers: int = Field(default=1, ge=1, le=limits.SESSIONS_MAX)
+    """Contributions without which no round is sealed."""
+    deadline_ms_min: int = Field(default=1_000, ge=10, le=86_400_000)
+    deadline_ms_max: int = Field(default=120_000, ge=10, le=86_400_000)
+    """The deadline is four times the longest recent round, inside these bounds; the first round gets the maximum."""
+    lease_ms: int = Field(default=60_000, ge=100, le=7 * 86_400_000)
+    """How long a disconnected peer stays a member before `PeerLeft` is logged."""
+
+    @model_validator(mode="after")
+    def _deadlines_are_ordered(self) -> Self:
+        if self.deadline_ms_min > self.deadline_ms_max:
+            raise ValueError(
+                f"deadline_ms_min ({self.deadline_ms_min}) is larger than deadline_ms_max ({self.deadline_ms_max})"
+            )
+        return self
+
+
+class ObjectiveSpec(Section):
+    """What is minimised, over what pieces of each peer's data."""
+
+    kind: Literal["text", "completion", "labels"] = "text"
+    """`text`: loss on every token; `completion`: on the completion only; `labels`: classification by label words."""
+    template: str = Field(default="{text}", min_length=1, max_length=16_384)
+    """Text (or prompt) with `{field}` for a field of the JSON object; `{{` and `}}` are braces."""
+    completion: str = Field(default="", max_length=16_384)
+    """Template of the completion (`completion` only)."""
+    label_field: str = Field(default="label", min_length=1)
+    """Field that holds the label (`labels` only)."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Label value as text -> the words that continue the prompt, leading space included (`labels` only)."""
+    tokens_max: int = Field(default=64, ge=2, le=limits.SEQUENCE_TOKENS_MAX)
+    """Longest sequence; longer prompts lose their beginning, longer texts are cut into pieces."""
+    examples_per_probe: int = Field(default=1, ge=1, le=4_096)
+    """Different sequences each probe is measured on."""
+    eval_every: int = Field(default=10, ge=0, le=limits.ROUNDS_MAX)
+    """Rounds between held-out evaluations; 0: never."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_kind(self) -> Self:
+        if self.kind == "completion" and not self.completion:
+            raise ValueError('kind = "completion" needs `completion`, for instance completion = " {answer}"')
+        if self.kind == "labels" and len(self.labels) < 2:
+            raise ValueError('kind = "labels" needs at least two `labels`, for instance labels = {0 = " bad", 1 = " good"}')
+        return self
+
+
+class RunSpec(Section):
+    """One fine-tuning job."""
+
+    protocol: Literal[1] = 1
+    name: str = Field(min_length=1, max_length=limits.NAME_CHARS_MAX)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Only there to make two otherwise equal runs different: it changes the digest, hence the run key."""
+    model: ModelSpec
+    perturbation: PerturbationSpec = PerturbationSpec()
+    step: StepSpec = StepSpec()
+    round: RoundSpec = RoundSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
+
+    @model_validator(mode="after")
+    def _schedules_have_an_end(self) -> Self:
+        if self.step.schedule != "constant" and self.round.count == 0:
+            raise ValueError(f'step.schedule = "{self.step.schedule}" needs round.count, the number of rounds')
+        return self
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """Canonical JSON: sorted keys, no white space, every default written out."""
+        document = self.model_dump(mode="json")
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical bytes: the run's identity."""
+        return hashlib.sha256(self.canonical).digest()
+
+    @property
+    def run_key(self) -> RunKey:
+        """First word of every Philox key of the run (design, numerics v1)."""
+        return RunKey(int.from_bytes(self.digest[:4], "little"))
+
+    @classmethod
+    def from_canonical(cls, data: bytes) -> Self:
+        """Read a spec received or logged.
+
+        Raises:
+            SpecError: oversized, not JSON, invalid, or not in canonical form.
+        """
+        if len(data) > limits.SPEC_BYTES_MAX:
+            raise SpecError(f"the RunSpec has {len(data)} bytes, more than the {limits.SPEC_BYTES_MAX} allowed")
+        try:
+            spec = cls.model_validate(json.loads(data))
+        except (ValueError, RecursionError) as error:
+            raise SpecError(f"the RunSpec is not valid: {_explain(error)}") from error
+        if spec.canonical != data:
+            raise SpecError("the RunSpec is not in canonical form; the sides run different versions of peerturb")
+        return spec
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Self:
+        """Read RUN.toml.
+
+        Raises:
+            SpecError: unreadable, not TOML, or invalid; the message names the file and every wrong key.
+        """
+        return cls.from_document(load_toml(path), source=str(path))
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any], *, source: str) -> Self:
+        """Validate a parsed document; `source` is named in errors."""
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise SpecError(f"{source} is not a valid RunSpec: {_explain(error)}") from error
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        SpecError: the file cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"cannot read {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not TOML: {error}") from error
+
+
+def _explain(error: Exception) -> str:
+    """One line per wrong key instead of pydantic's paragraph."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    rows = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"]) or "spec"
+        message = item["msg"].removeprefix("Value error, ")
+        given = item.get("input")
+        shown = "" if isinstance(given, (dict, BaseModel)) else f" (given: {given!r:.60})"
+        rows.append(f"{where}: {message}{shown}")
+    return "; ".join(rows)
