@@ -1,0 +1,108 @@
+"""What the run log may contain. The log is the run: base weights + these records = the model.
+
+A record's position is its index in the log. Only `RoundSealed` changes weights.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import accumulate
+
+from peerturb.ids import PeerKey, RoundNumber, Slot
+from peerturb.spec import RunSpec
+
+
+class LeaveReason(IntEnum):
+    """Why a peer stopped being a member."""
+
+    LEFT = 1
+    """It said goodbye."""
+    LEASE_EXPIRED = 2
+    """It stayed disconnected longer than its lease."""
+    EVICTED = 3
+    """The operator removed it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted:
+    """Record 0, and only there."""
+
+    spec: RunSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerJoined:
+    """An identity became a member: for the first time with a new slot, later with the slot it always had."""
+
+    slot: Slot
+    key: PeerKey
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerLeft:
+    """A member is no longer waited for and its session slot is free."""
+
+    slot: Slot
+    reason: LeaveReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundOpened:
+    """Probes may begin. Its round number is that of the last sealed round + 1 (0 at first): it is not on the wire."""
+
+    round: RoundNumber
+    scale: float
+    """s, an f32 value: projected gradient per code unit."""
+    deadline_ms: int
+    """Milliseconds after opening at which the round is sealed without the missing peers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSealed:
+    """Which contributions form a round. Columnar.
+
+    Invariant: slots ascend strictly; len(slots) == len(counts); sum(counts) == len(codes); every count >= 1.
+    """
+
+    round: RoundNumber
+    alpha: float
+    """Step size, an f32 value, that multiplies the integer sum of codes x signs."""
+    loss: float
+    """Mean of the contributions' losses weighted by their valid codes, an f32 value; NaN if there is none."""
+    digest: int
+    """Canonical short digest (u32) of the weights the round was measured on."""
+    slots: tuple[Slot, ...]
+    counts: tuple[int, ...]
+    codes: bytes
+    """int8 codes, slot after slot in the order of `slots`, samples ascending."""
+
+    def contributions(self) -> list[tuple[Slot, bytes]]:
+        """Split the codes by slot."""
+        ends = list(accumulate(self.counts))
+        return [
+            (slot, self.codes[end - count : end])
+            for slot, count, end in zip(self.slots, self.counts, ends, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """A peer's held-out evaluation of the weights after `round` rounds. A claim: nothing depends on it."""
+
+    round: RoundNumber
+    """Number of rounds applied to the evaluated weights."""
+    slot: Slot
+    loss: float
+    accuracy: float | None
+    """Fraction in [0, 1], None where the objective has no labels."""
+    examples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished:
+    """All rounds of the RunSpec are sealed; nothing may follow but evaluations and leaves."""
+
+    rounds: int
+
+
+Record = RunStarted | PeerJoined | PeerLeft | RoundOpened | RoundSealed | Evaluated | RunFinished
