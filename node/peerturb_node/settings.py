@@ -1,0 +1,186 @@
+"""Local settings of a node: where things are and how much of the machine to use. Nothing here is part of the protocol.
+
+Sources, weakest first: defaults < TOML file (`--config`) < environment (`PEERTURB_NODE_*`) < flags.
+"""
+
+import json
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from peerturb import limits
+from peerturb.errors import SpecError
+from peerturb.spec import load_toml
+
+ENV_PREFIX = "PEERTURB_NODE_"
+
+
+def _default_name() -> str:
+    return re.sub(r"[^\x20-\x7e]", "?", socket.gethostname())[: limits.NAME_CHARS_MAX] or "node"
+
+
+class NodeSettings(BaseSettings):
+    """Everything a node needs to know that other peers need not."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, allow_inf_nan=False, env_nested_delimiter=None
+    )
+
+    coordinator: str
+    """HOST:PORT of the run's coordinator."""
+    data: Path | None = None
+    """This node's private training data: JSON Lines (`.gz` too) or plain text."""
+    eval: Path | None = None
+    """Held-out data, evaluated every `objective.eval_every` rounds and reported; none: no evaluation."""
+    model: str | None = None
+    """Local folder or hub name of the base model; none: the RunSpec's `model.name`."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+    """`auto` takes the first CUDA device if there is one."""
+    state: Path = Path("~/.peerturb/node")
+    """Folder of the identity key, and of a sub-folder per run with local log and checkpoint."""
+    name: str = Field(default_factory=_default_name, min_length=1, max_length=limits.NAME_CHARS_MAX)
+    """Display name; it ends up in the run log."""
+    token: SecretStr = SecretStr("")
+    """Join token."""
+    token_file: Path | None = None
+    """File that holds the join token; better than a flag, which other users of the machine can see."""
+    fingerprint: str = Field(default="", pattern=r"^(sha256:)?([0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2}$|^$")
+    """SHA-256 of the coordinator's certificate (`peerturb coordinator keys` prints it); empty: trust the system's
+    certificate authorities."""
+    insecure: bool = False
+    """Allow plaintext beyond loopback."""
+    threads: int = Field(default=0, ge=0, le=1_024)
+    """CPU threads for the numerics; 0: torch decides."""
+    rows: int = Field(default=0, ge=0, le=65_536)
+    """Most sequences in one forward pass; fewer need less memory. 0: the engine decides."""
+    probes: int = Field(default=0, ge=0, le=limits.PROBES_PER_CONTRIBUTION_MAX)
+    """Most probes to measure in a round; 0: as many as the RunSpec allows."""
+    checkpoint_rounds: int = Field(default=200, ge=0, le=limits.ROUNDS_MAX)
+    """Rounds between checkpoints; 0: only when leaving. A lost checkpoint costs a longer replay, nothing else."""
+    checkpoint_s: float = Field(default=300.0, ge=0, le=7 * 86_400)
+    """A checkpoint is also due after this many seconds; 0: count rounds only."""
+    fields: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
+    """The template's field -> this data's field, for instance `fields = {text = "sentence"}`."""
+    template: str | None = Field(default=None, max_length=16_384)
+    """Template that replaces the RunSpec's for this node's data."""
+    export: Path | None = None
+    """At the end, write the model here as a Hugging Face folder."""
+    compute: Literal["torch", "toy", "stub"] = "torch"
+    """`toy` and `stub` stand in for a model in tests and protocol benchmarks."""
+    wait_s: float = Field(default=30.0, ge=0, le=86_400)
+    """How long to try to reach the coordinator at start before giving up."""
+
+    @field_validator("fields", mode="before")
+    @classmethod
+    def _fields_may_be_text(cls, value: object) -> object:
+        """`text=sentence,label=stars` (flag, environment) or a JSON object."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("{"):
+            return json.loads(value)
+        pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+        if any(not mark or not left.strip() or not right.strip() for left, mark, right in pairs):
+            raise ValueError(f"{value!r} is not of the form field=column,field=column")
+        return {left.strip(): right.strip() for left, _, right in pairs}
+
+    @field_validator("coordinator")
+    @classmethod
+    def _address_has_a_port(cls, value: str) -> str:
+        host, mark, port = value.rpartition(":")
+        if not mark or not host or not port.isdigit() or not 0 < int(port) < 65_536:
+            raise ValueError(f"{value!r} is not of the form HOST:PORT")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_printable(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError(f"{value!r} holds characters that cannot be printed")
+        return value
+
+    @model_validator(mode="after")
+    def _token_has_one_source(self) -> Self:
+        if self.token_file and self.token.get_secret_value():
+            raise ValueError("give either token or token_file, not both")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the TOML file that `load` names."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    def join_token(self) -> str:
+        """Return the token from where the settings say.
+
+        Raises:
+            SpecError: the token file cannot be read or holds too much.
+        """
+        if self.token_file is None:
+            return self.token.get_secret_value()
+        try:
+            token = self.token_file.expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"cannot read the token file {self.token_file}: {error}") from error
+        if not token or len(token) > limits.TOKEN_CHARS_MAX:
+            raise SpecError(
+                f"the token file {self.token_file} holds {len(token)} characters; "
+                f"1 to {limits.TOKEN_CHARS_MAX} are expected"
+            )
+        return token
+
+    def shown(self) -> dict[str, Any]:
+        """Return the settings as plain values, the token masked."""
+        return self.model_dump(mode="json")
+
+
+def load(flags: Mapping[str, Any], *, config: Path | None = None) -> NodeSettings:
+    """Merge all sources; a flag that is None was not given.
+
+    Raises:
+        SpecError: the file or a value is wrong; every wrong key is named.
+    """
+    if config is not None:
+        load_toml(config)  # for its error messages
+
+    class Layered(NodeSettings):
+        model_config = SettingsConfigDict(toml_file=config)
+
+    try:
+        return Layered(**{key: value for key, value in flags.items() if value is not None})
+    except (ValidationError, ValueError) as error:
+        raise SpecError(f"the node's settings are wrong: {_explain(error)}") from error
+
+
+def _explain(error: Exception) -> str:
+    """One clause per wrong key, naming flag and variable."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    rows = []
+    for item in error.errors(include_url=False, include_input=False):
+        key = str(item["loc"][0]) if item["loc"] else ""
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            flag = key.replace("_", "-")
+            message = f"missing; give --{flag}, {ENV_PREFIX}{key.upper()} or `{key}` in the --config file"
+        elif item["type"] == "extra_forbidden":
+            message = "unknown setting"
+        rows.append(f"{key}: {message}" if key else message)
+    return "; ".join(rows)
