@@ -175,7 +175,7 @@ def _help() -> str:
     return (
         "peerturb: fine-tune one language model on many unreliable computers, one byte per gradient.\n\n"
         f"{USAGE}\ncommands:\n{rows}\n"
-        "`peerturb COMMAND --help` explains one command. --debug (or PEERTURB_DEBUG=1) shows the traceback of an error.\n"
+        "`peerturb COMMAND --help` explains one command. --debug or PEERTURB_DEBUG=1 shows an error's traceback.\n"
     )
 
 
