@@ -1,0 +1,1 @@
+"""Commands of the coordinator; each module is imported when its command is asked for."""
