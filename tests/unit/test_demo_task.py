@@ -136,3 +136,27 @@ def test_the_committed_base_model_fits_its_limit_and_its_tokenizer_the_label_wor
     assert set(spec.objective.labels) == {"doc", "code"}
     assert all(len(ids) == 1 for ids in words)
     assert words[0] != words[1]
+
+
+def test_pretraining_writes_a_model_that_loads_and_equal_seeds_give_equal_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    pretrain = pytest.importorskip("peerturb_node.demo.pretrain")
+    texts = [path.read_text(encoding="utf-8") for _, path in task.standard_library_files()[:40]]
+    monkeypatch.setattr(pretrain, "corpus_texts", lambda: list(texts))
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        result = pretrain.pretrain(tmp_path / name, steps=2, seed=seed, threads=1)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b", "c")]
+    assert weights[0] == weights[1] != weights[2]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert sum(p.numel() for p in model.parameters()) == result.parameters == 869_504
+    assert tokenizer.decode(tokenizer("def f(x):\n    return x")["input_ids"]) == "def f(x):\n    return x"
+
+
+def test_pretraining_without_enough_text_is_a_data_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretrain = pytest.importorskip("peerturb_node.demo.pretrain")
+    monkeypatch.setattr(pretrain, "corpus_texts", lambda: ["pass\n"])
+    with pytest.raises(DataError, match="only 0 windows"):
+        pretrain.pretrain(tmp_path, steps=1, seed=0, threads=1)
