@@ -36,7 +36,9 @@ def main(arguments: list[str]) -> int:
         try:
             ensure(arguments[0], ROOT / ".venv")
         except subprocess.CalledProcessError as error:
-            print(f"error: pip ended with code {error.returncode}, its message is above; run make again", file=sys.stderr)
+            print(
+                f"error: pip ended with code {error.returncode}, its message is above; run make again", file=sys.stderr
+            )
             return 1
         except KeyboardInterrupt:
             print("interrupted: run make again, it sets up from the start", file=sys.stderr)
