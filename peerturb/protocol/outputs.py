@@ -54,7 +54,14 @@ CoordinatorOutput = Append | Send | Reject | Notice
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connect:
-    """Peer's machine: open a session now and send this Hello's content once the stream stands."""
+    """Peer's machine: open a session now and send `machine.hello(chain)` once the stream stands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disconnect:
+    """Peer's machine: close the session, if one is open; a `Connect` follows later."""
+
+    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +82,10 @@ class Measure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Apply:
-    """Peer's machine: update the weights with a sealed round; answer with the new short digest."""
+    """Peer's machine: update the weights with a sealed round; answer `Applied` with the new short digest.
+
+    Work (`Measure`, `Apply`, `Evaluate`, `Rebuild`) is done one piece after another in the order given.
+    """
 
     sealed: RoundSealed
 
@@ -89,14 +99,17 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebuild:
-    """Peer's machine: throw the weights away and replay the local log from the base weights."""
+    """Peer's machine: throw the weights away and replay the whole local log from the base weights; answer `Rebuilt`."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelMeasure:
-    """Peer's machine: the round is sealed without us; stop measuring it as soon as possible."""
+    """Peer's machine: the round is sealed without us; stop measuring it as soon as possible.
+
+    The `Measure` is still answered, with `Measured`; its codes may be empty and are not looked at.
+    """
 
     round: RoundNumber
 
@@ -110,4 +123,6 @@ class Stop:
 
 
 Work = Measure | Apply | Evaluate | Rebuild
-PeerOutput = Append | Connect | Say | Measure | Apply | Evaluate | Rebuild | CancelMeasure | Stop | Notice
+PeerOutput = (
+    Append | Connect | Disconnect | Say | Measure | Apply | Evaluate | Rebuild | CancelMeasure | Stop | Notice
+)

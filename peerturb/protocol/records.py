@@ -100,7 +100,10 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFinished:
-    """All rounds of the RunSpec are sealed; nothing may follow but evaluations and leaves."""
+    """All rounds of the RunSpec are sealed; nothing may follow but joins, leaves and evaluations.
+
+    A member that was away when the run ended joins again to fetch the rest of the log.
+    """
 
     rounds: int
 
