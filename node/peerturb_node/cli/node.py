@@ -1,0 +1,81 @@
+"""`peerturb node run`: take part in a run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Join a run with this computer's replica and data.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `run` a sub-command."""
+
+
+@app.command()
+def run(
+    coordinator: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The run's coordinator.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Private training data: JSON Lines (.gz too) or text.")] = None,
+    eval_: Annotated[Path | None, typer.Option("--eval", help="Held-out data, evaluated now and then.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the base model, instead of the RunSpec's.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Folder of identity key, local log and checkpoint [~/.peerturb/node].")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Display name [this computer's].")] = None,
+    token: Annotated[str | None, typer.Option(help="Join token; other users of this computer can see it.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File that holds the join token.")] = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="SHA-256 of the coordinator's certificate, from its join command.")
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Allow plaintext beyond this computer.", show_default=False)
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 0: torch decides.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Most sequences in one pass; fewer need less memory.")] = None,
+    probes: Annotated[int | None, typer.Option(help="Most probes a round; 0: the RunSpec's maximum.")] = None,
+    checkpoint_rounds: Annotated[int | None, typer.Option(help="Rounds between checkpoints.")] = None,
+    checkpoint_s: Annotated[float | None, typer.Option(help="Seconds between checkpoints.")] = None,
+    fields: Annotated[
+        str | None, typer.Option(metavar="FIELD=COLUMN,...", help="Names of the template's fields in this data.")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="Template for this data, instead of the RunSpec's.")] = None,
+    export: Annotated[Path | None, typer.Option(help="At the end, write a Hugging Face folder here.")] = None,
+    wait_s: Annotated[float | None, typer.Option(help="Seconds to try to reach the coordinator at start.")] = None,
+    compute: Annotated[str | None, typer.Option(hidden=True, help="torch, toy or stub.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(envvar="PEERTURB_NODE_CONFIG", help="TOML file with any of these settings.")
+    ] = None,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print the merged settings and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for every event.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details on standard error.")] = False,
+) -> None:
+    """Join a run: hold a replica, measure probes on private data, apply what everybody measured.
+
+    Settings come from the --config file, then the environment (PEERTURB_NODE_*), then these flags; the last one wins.
+    Ctrl-C leaves in order; a second Ctrl-C stops at once.
+    """
+    from peerturb_node import settings as settings_module
+
+    flags: dict[str, Any] = {
+        key: value
+        for key, value in locals().items()
+        if key in settings_module.NodeSettings.model_fields and value is not None
+    }
+    if eval_ is not None:
+        flags["eval"] = eval_
+    settings = settings_module.load(flags, config=config)
+    if show_config:
+        typer.echo(json.dumps(settings.shown(), indent=2))
+        return
+
+    from peerturb_node.logs import configure
+    from peerturb_node.main import run_node
+
+    configure(is_json=as_json, is_verbose=verbose)
+    raise typer.Exit(run_node(settings, is_json=as_json, stream=sys.stdout))

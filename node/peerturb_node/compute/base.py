@@ -1,0 +1,91 @@
+"""The contract between a node and its numerics. It knows no torch, socket or thread.
+
+A `Compute` is a replica of the weights and a private data set. Its methods may block for long; `peerturb_node.worker`
+calls them one at a time, in order, so an implementation needs no locks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from peerturb.ids import Slot
+from peerturb.manifest import Manifest
+from peerturb.protocol.outputs import Measure
+from peerturb.protocol.records import RoundSealed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A round's probes."""
+
+    codes: bytes
+    """int8, two's complement, samples ascending; -128 is void. At least one."""
+    loss: float
+    """Mean of L+ and L- over the valid probes; NaN if all are void."""
+    tokens: int = 0
+    """Tokens that went through the model for it, both sides of every probe counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """A held-out evaluation."""
+
+    loss: float
+    accuracy: float | None
+    """Fraction in [0, 1]; None where the objective has no labels."""
+    examples: int
+
+
+class Compute(Protocol):
+    """A replica and its data."""
+
+    is_blocking: bool
+    """True: calls take long and belong on a thread. False: calls return within a millisecond."""
+    base_digest: bytes
+    """32 bytes: digest of the base weights."""
+    manifest: Manifest
+    """The trainable tensors."""
+
+    @property
+    def rounds(self) -> int:
+        """Rounds applied since the base weights."""
+
+    def apply(self, sealed: RoundSealed) -> None:
+        """Turn weights `sealed.round` into weights `sealed.round` + 1.
+
+        Raises:
+            LogError: the weights are not those before `sealed.round`.
+        """
+
+    def digest(self) -> bytes:
+        """Return the run digest of the weights, 32 bytes."""
+
+    def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured | None:
+        """Measure samples 0, 1, ... of `work.round`; `is_cancelled` is asked between passes, and ends it with None."""
+
+    def evaluate(self, is_cancelled: Callable[[], bool]) -> HeldOut | None:
+        """Return the loss on held-out data; None without such data, or when cancelled."""
+
+    def reset(self) -> None:
+        """Go back to the base weights."""
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint of weights and round into `folder`, atomically, in place of the last; return the file."""
+
+    def restore(self, folder: Path) -> int | None:
+        """Load the checkpoint in `folder`, if there is one; return its round.
+
+        Raises:
+            ModelError: there is one, and it is damaged or of other weights. The weights may be anything: `reset`.
+        """
+
+    def export(self, folder: Path) -> None:
+        """Write the weights as a Hugging Face folder.
+
+        Raises:
+            ModelError: this compute has no such model, or the folder cannot be written.
+        """
+
+    def close(self) -> None:
+        """Free what is held."""

@@ -1,0 +1,174 @@
+"""What a node tells the outside: one stream of events, shown as JSON lines, plain lines or a live view.
+
+An event is a flat dictionary with `event` (its kind), `time` (seconds since 1970) and the fields listed in `KINDS`.
+A sink that fails is dropped and never stops training.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TextIO
+
+Event = Mapping[str, Any]
+
+KINDS = {
+    "start": "version name key coordinator run spec state compute device",
+    "model": "parameters tensors dtype digest seconds",
+    "restored": "round position checkpoint",
+    "connecting": "attempt",
+    "joined": "slot position head",
+    "behind": "round rounds",
+    "training": "round seconds",
+    "measured": "round codes void loss ms tokens",
+    "round": "round loss digest codes peers own ms alpha probes_per_s tokens_per_s bytes_up bytes_down",
+    "eval": "round loss accuracy examples ms",
+    "disconnected": "why retry_ms",
+    "refused": "code why",
+    "notice": "code text",
+    "rebuild": "why",
+    "checkpoint": "round file",
+    "export": "folder",
+    "stop": "why round digest bytes_up bytes_down codes_up codes_down",
+    "error": "message code",
+}
+"""Kind -> its fields. `digest` is 8 hex digits of the weights after `round` rounds, null inside a burst of catch-up;
+`ms` is how long the node's own work took; `bytes_*` and `codes_*` count since the start of the process."""
+
+
+class Sink(Protocol):
+    """Somewhere events go."""
+
+    def emit(self, event: Event) -> None:
+        """Show one event."""
+
+    def close(self) -> None:
+        """Restore the terminal, flush."""
+
+
+class Events:
+    """Stamps events and hands them to every sink."""
+
+    def __init__(self, *sinks: Sink, now: Callable[[], float] = time.time) -> None:
+        self._sinks = list(sinks)
+        self._now = now
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Tell all sinks."""
+        event = {"event": kind, "time": round(self._now(), 3), **fields}
+        for sink in list(self._sinks):
+            try:
+                sink.emit(event)
+            except Exception as error:
+                # Whatever is wrong with a display (closed pipe, full disk), training goes on without it.
+                self._sinks.remove(sink)
+                print(f"peerturb node: an output failed and is switched off: {error}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close all sinks; a failing one is passed over."""
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                print(f"peerturb node: an output failed at its end: {error}", file=sys.stderr)
+
+
+class JsonSink:
+    """One JSON object a line. Numbers that JSON cannot carry become null."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def emit(self, event: Event) -> None:
+        """Write and flush one line."""
+        clean = {key: _finite(value) for key, value in event.items()}
+        self._stream.write(json.dumps(clean, allow_nan=False, separators=(",", ":")) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """The stream is not ours to close."""
+        self._stream.flush()
+
+
+class PlainSink:
+    """One readable line an event; rounds at most once a second."""
+
+    def __init__(self, stream: TextIO, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._now = now
+        self._last_round_s = -math.inf
+
+    def emit(self, event: Event) -> None:
+        """Write the event's line, if it has one now."""
+        if event["event"] == "round":
+            if self._now() - self._last_round_s < 1.0:
+                return
+            self._last_round_s = self._now()
+        line = sentence(event)
+        if line:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """The stream is not ours to close."""
+        self._stream.flush()
+
+
+def sentence(event: Event) -> str:
+    """Return an event as one line for people; empty for events only machines want."""
+    match event["event"]:
+        case "start":
+            return (
+                f"peerturb {event['version']}: node {event['name']!r} (key {event['key'][:8]}) "
+                f"takes part in run {event['run']!r} at {event['coordinator']}, state in {event['state']}"
+            )
+        case "model":
+            return (
+                f"model: {event['parameters']:,} parameters in {event['tensors']} tensors, {event['dtype']}, "
+                f"digest {event['digest'][:8]}, loaded in {event['seconds']:.1f} s"
+            )
+        case "restored":
+            return f"local log: {event['position']} records; weights are those after {event['round']} rounds"
+        case "joined":
+            return f"joined as slot {event['slot']}; log {event['position']} of {event['head']} records"
+        case "behind":
+            return f"catching up: {event['rounds']} rounds to apply"
+        case "training":
+            return f"training from round {event['round']}, {event['seconds']:.1f} s after joining"
+        case "round":
+            return (
+                f"round {event['round']:>6}  loss {number(event['loss'])}  {event['codes']} codes of "
+                f"{event['peers']} peers  digest {event['digest'] or '--------'}  {event['probes_per_s']:.0f} probes/s"
+            )
+        case "eval":
+            accuracy = "" if event["accuracy"] is None else f", accuracy {100 * event['accuracy']:.1f} %"
+            return (
+                f"held-out after {event['round']} rounds: loss {number(event['loss'])}{accuracy} "
+                f"({event['examples']} examples)"
+            )
+        case "disconnected":
+            return f"disconnected: {event['why']}; trying again"
+        case "refused":
+            return f"refused ({event['code']}): {event['why']}"
+        case "notice":
+            return str(event["text"])
+        case "rebuild":
+            return f"rebuilding the weights from the local log: {event['why']}"
+        case "checkpoint":
+            return f"checkpoint after {event['round']} rounds: {event['file']}"
+        case "export":
+            return f"model written to {event['folder']}"
+        case "stop":
+            return f"stopped after {event['round']} rounds: {event['why']}"
+        case _:
+            return ""
+
+
+def number(value: float | None) -> str:
+    """Return a loss for people; `-` for none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,133 @@
+"""One session's stream: opens it, writes in order, reads into an inbox, counts bytes. No rules of the protocol live here.
+
+Bytes counted are those of gRPC messages with their 5-byte prefix; HTTP/2 frames come on top (about 9 bytes each).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from peerturb.errors import PeerturbError
+from peerturb.protocol.messages import FromPeer, ToPeer
+from peerturb.wire.channel import open_channel
+from peerturb_node.client import Address, explain
+from peerturb_node.codecs import decode_to_peer, encode_from_peer
+
+_METHOD = "/peerturb.wire.v1.Coordinator/Session"
+_PREFIX_BYTES = 5
+_GOODBYE_S = 2.0
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes since the start of the process."""
+
+    up: int = 0
+    down: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkUp:
+    """The stream stands."""
+
+    link: "Link"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkDown:
+    """The stream ended, or never stood."""
+
+    link: "Link"
+    why: str
+    error: PeerturbError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A message came."""
+
+    link: "Link"
+    message: ToPeer
+
+
+LinkEvent = LinkUp | LinkDown | Received
+
+
+class Link:
+    """A stream that reports into `deliver`, which may wait when the node has enough to do (back-pressure).
+
+    After `LinkDown` nothing more comes.
+    """
+
+    def __init__(self, address: Address, traffic: Traffic, deliver: Callable[[LinkEvent], Awaitable[None]]) -> None:
+        self._address = address
+        self._traffic = traffic
+        self._deliver = deliver
+        self._outbox: asyncio.Queue[FromPeer | None] = asyncio.Queue()
+        self._task = asyncio.create_task(self._run(), name="link")
+
+    def say(self, message: FromPeer) -> None:
+        """Queue a message; it is sent when the stream stands and lost if the stream ends before."""
+        self._outbox.put_nowait(message)
+
+    async def finish(self) -> None:
+        """Send what is queued, half-close, and wait a moment for the other side to end the stream."""
+        self._outbox.put_nowait(None)
+        await asyncio.wait([self._task], timeout=_GOODBYE_S)
+        await self.abort()
+
+    async def abort(self) -> None:
+        """End the stream now."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _run(self) -> None:
+        why, error = "the coordinator closed the stream", None
+        try:
+            async with await open_channel(self._address.target, self._address.security) as channel:
+                await self._converse(channel)
+        except grpc.aio.AioRpcError as failure:
+            error = explain(failure, self._address)
+            why = str(error)
+        except PeerturbError as failure:
+            why, error = str(failure), failure
+        await self._deliver(LinkDown(link=self, why=why, error=error))
+
+    async def _converse(self, channel: grpc.aio.Channel) -> None:
+        call: grpc.aio.StreamStreamCall[FromPeer, ToPeer] = channel.stream_stream(
+            _METHOD, request_serializer=self._serialize, response_deserializer=self._deserialize
+        )()
+        writer = asyncio.create_task(self._write(call), name="link writer")
+        try:
+            await call.wait_for_connection()
+            await self._deliver(LinkUp(link=self))
+            while (message := await call.read()) is not grpc.aio.EOF:
+                await self._deliver(Received(link=self, message=message))
+            if not (await call.code()) is grpc.StatusCode.OK:
+                raise grpc.aio.AioRpcError(
+                    await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+                )
+        finally:
+            writer.cancel()
+            call.cancel()
+
+    async def _write(self, call: "grpc.aio.StreamStreamCall[FromPeer, ToPeer]") -> None:
+        """Write in order; a broken stream shows on the reading side."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while (message := await self._outbox.get()) is not None:
+                await call.write(message)
+            await call.done_writing()
+
+    def _serialize(self, message: FromPeer) -> bytes:
+        data = encode_from_peer(message)
+        self._traffic.up += len(data) + _PREFIX_BYTES
+        return data
+
+    def _deserialize(self, data: bytes) -> ToPeer:
+        self._traffic.down += len(data) + _PREFIX_BYTES
+        return decode_to_peer(data)
