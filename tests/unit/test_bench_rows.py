@@ -1,5 +1,7 @@
 """`peerturb bench`: the list, the table, the JSON."""
 
+import importlib
+import inspect
 import json
 import sys
 import types
@@ -65,3 +67,9 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_refuses_figures_that_json_cannot_carry() -> None:
     with pytest.raises(ValueError, match="JSON"):
         to_json([Row(name="x", value=float("nan"), unit="s")])
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_listed_benchmark_can_be_run(name: str) -> None:
+    run = importlib.import_module(f"peerturb_bench.{name}").run
+    assert list(inspect.signature(run).parameters) == ["quick"]
