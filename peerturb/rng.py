@@ -1,7 +1,7 @@
 """Philox4x32-10 on numpy: the words and linear-layout signs every peer derives from shared integers.
 
-It knows nothing of tensors or devices (`peerturb.zo.philox` makes the same words with torch) and keeps no state: a word is
-a pure function of (run key, slot, round, sample, stream, block).
+It knows nothing of tensors or devices (`peerturb.zo.philox` makes the same words with torch) and keeps no state: a word
+is a pure function of (run key, slot, round, sample, stream, block).
 
 Source: Salmon, Moraes, Dror, Shaw, *Parallel random numbers: as easy as 1, 2, 3*, SC 2011.
 """
@@ -80,7 +80,9 @@ def stream_of(tensor: int, side: int) -> int:
     return 4 * tensor + side
 
 
-def philox(block: ArrayLike, stream: ArrayLike, sample: ArrayLike, round: ArrayLike, *, key: tuple[ArrayLike, ArrayLike]) -> U32:
+def philox(
+    block: ArrayLike, stream: ArrayLike, sample: ArrayLike, round: ArrayLike, *, key: tuple[ArrayLike, ArrayLike]
+) -> U32:
     """Return the four words of each counter, uint32[..., 4]; all arguments broadcast against each other.
 
     Args:
@@ -126,10 +128,10 @@ def _permute(
         products = products[2:] + products[:2]
         c0, c1, c2, c3 = x0, product1, x2, product0
     pairs = words.view(np.uint64)
-    np.left_shift(c1, _HALF, out=c1)
-    np.bitwise_or(c0, c1, out=pairs[..., 0])
-    np.left_shift(c3, _HALF, out=c3)
-    np.bitwise_or(c2, c3, out=pairs[..., 1])
+    np.left_shift(product1, _HALF, out=product1)
+    np.bitwise_or(x0, product1, out=pairs[..., 0])
+    np.left_shift(product0, _HALF, out=product0)
+    np.bitwise_or(x2, product0, out=pairs[..., 1])
 
 
 def tiles(rows: int, columns: int) -> Iterator[Tile]:

@@ -1,0 +1,153 @@
+"""Projected gradient <-> byte, the shared scale, and the step a sealed round makes.
+
+Everything is computed in f64 by basic IEEE operations in the written order and rounded once to f32, so that every
+machine gets the same bits. It knows nothing of weights, peers or the network.
+"""
+
+import math
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from peerturb import rng
+from peerturb.errors import LogError
+from peerturb.spec import StepSpec
+
+VOID = -128
+"""The code of a probe whose loss was not finite; it counts for nothing."""
+CODE_MAX = 127
+TARGET_RMS = 32.0
+"""Where the automatic gain keeps rms(c): 12 dB below clipping, 5 bits above rounding."""
+SCALE_MIN = 2.0**-100
+SCALE_MAX = 2.0**100
+STEP_MAX = 2.0**64
+"""Keeps alpha * 2**k * U below 2**104, so that no update is infinite and no weight becomes NaN."""
+
+_COSINE_TERMS = 12
+
+Codes = bytes | NDArray[np.int8]
+
+
+def encode(
+    projected: ArrayLike, scale: float, *, rounding: Literal["nearest", "stochastic"] = "nearest",
+    noise: NDArray[np.uint32] | None = None,
+) -> NDArray[np.int8]:  # fmt: skip
+    """Return the codes of projected gradients: round(g / scale) clipped to +-127, VOID where g is not finite.
+
+    Args:
+        projected: f32 or f64 [n].
+        scale: The round's scale s.
+        rounding: `nearest` (ties to even) or `stochastic` (floor(g / s + noise / 2**32)).
+        noise: One word a probe, from `rounding_noise`; for `stochastic` only.
+
+    Raises:
+        LogError: the scale is outside its bounds.
+    """
+    _check_scale(scale)
+    values = np.asarray(projected, np.float64)
+    is_finite = np.isfinite(values)
+    # Beyond +-128 nothing can change the code, and clipping first keeps the quotient from overflowing.
+    reach = scale * (CODE_MAX + 1)
+    quotient = np.clip(np.where(is_finite, values, 0.0), -reach, reach) / scale
+    if rounding == "stochastic":
+        if noise is None:
+            raise ValueError("stochastic rounding needs noise: peerturb.codec.rounding_noise makes it")
+        rounded = np.floor(quotient + noise.astype(np.float64) * 2.0**-32)
+    else:
+        rounded = np.rint(quotient)
+    codes = np.clip(rounded, -CODE_MAX, CODE_MAX).astype(np.int8)
+    codes[~is_finite] = VOID
+    return codes
+
+
+def rounding_noise(*, run_key: int, slot: int, round: int, samples: ArrayLike) -> NDArray[np.uint32]:
+    """Return one word for each sample: word 0 of block 0 of stream ffffffff. Local to the sender, repeatable."""
+    return rng.philox(0, rng.CODE_STREAM, samples, round, key=(run_key, slot))[..., 0]
+
+
+def decode(codes: Codes) -> NDArray[np.int8]:
+    """Return the codes as int8 [n], void ones as zero: the factors c of the update."""
+    values = _as_codes(codes)
+    return np.where(values == VOID, np.int8(0), values)
+
+
+def next_scale(scale: float, codes: Codes) -> np.float32:
+    """Return the scale of the next round from this round's scale and sealed codes.
+
+    r = sqrt(sum c^2 / n) over the n valid codes; s' = f32(s * clamp(sqrt(r / 32), 1/4, 2)), kept in [2^-100, 2^100];
+    without a valid code s stays.
+
+    Raises:
+        LogError: the scale is outside its bounds.
+    """
+    _check_scale(scale)
+    count, squares = _valid_squares(codes)
+    if count == 0:
+        return np.float32(scale)
+    factor = min(max(math.sqrt(math.sqrt(squares / count) / TARGET_RMS), 0.25), 2.0)
+    return np.float32(min(max(float(scale) * factor, SCALE_MIN), SCALE_MAX))
+
+
+def learning_rate(step: StepSpec, round: int, total_rounds: int) -> float:
+    """Return the learning rate of a round in f64.
+
+    With w warm-up rounds: lr * (round + 1) / (w + 1) before round w. From then on t = (round - w) / (total - w), at
+    most 1, and lr * (f + (1 - f) * shape), f the final fraction, shape 1 - t (linear) or (1 + cos(pi t)) / 2 (cosine).
+    """
+    rate, warmup = step.learning_rate, step.warmup_rounds
+    if round < warmup:
+        return rate * (round + 1) / (warmup + 1)
+    if step.schedule == "constant":
+        return rate
+    progress = min((round - warmup) / max(total_rounds - warmup, 1), 1.0)
+    shape = 1.0 - progress if step.schedule == "linear" else _raised_cosine(progress)
+    return rate * (step.final_fraction + (1.0 - step.final_fraction) * shape)
+
+
+def _raised_cosine(t: float) -> float:
+    """Return (1 + cos(pi t)) / 2 = cos(pi t / 2)^2 for t in [0, 1] by a Taylor sum in nested form.
+
+    Not `math.cos`: C libraries differ in the last bit, and everybody must get the same step. Twelve terms leave 3e-22.
+    """
+    half = t * (math.pi / 2)
+    square = half * half
+    cosine = 1.0
+    for term in range(_COSINE_TERMS, 0, -1):
+        cosine = 1.0 - square / ((2 * term - 1) * (2 * term)) * cosine
+    return cosine * cosine
+
+
+def step_size(step: StepSpec, round: int, scale: float, codes: Codes, total_rounds: int) -> np.float32:
+    """Return alpha of a sealed round: what the integer sum of codes x signs is multiplied by.
+
+    `sgd`: lr * s / n; `normalized`: lr / (n * rms(c)), rms from the exact integer sum of squares; n counts valid codes.
+    Zero if no valid code differs from zero; at most 2^64.
+
+    Raises:
+        LogError: the scale is outside its bounds.
+    """
+    _check_scale(scale)
+    count, squares = _valid_squares(codes)
+    if squares == 0:
+        return np.float32(0.0)
+    rate = learning_rate(step, round, total_rounds)
+    alpha = rate * float(scale) / count if step.rule == "sgd" else rate / (count * math.sqrt(squares / count))
+    return np.float32(min(alpha, STEP_MAX))
+
+
+def _as_codes(codes: Codes) -> NDArray[np.int8]:
+    return np.frombuffer(codes, np.int8) if isinstance(codes, bytes) else np.asarray(codes, np.int8)
+
+
+def _valid_squares(codes: Codes) -> tuple[int, int]:
+    """Return how many codes are valid, and the exact sum of their squares."""
+    values = decode(codes)
+    count = len(values) - int(np.count_nonzero(_as_codes(codes) == VOID))
+    wide = values.astype(np.int64)
+    return count, int(np.dot(wide, wide))
+
+
+def _check_scale(scale: float) -> None:
+    if not SCALE_MIN <= scale <= SCALE_MAX:
+        raise LogError(f"the scale of a round is {scale!r}; it must lie between 2**-100 and 2**100")

@@ -1,0 +1,100 @@
+"""The two roundings that turn an exact integer sum into new weights, f32 or bf16.
+
+It knows one stretch of one tensor; where the sum came from is not its business.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peerturb import rng
+from peerturb.manifest import Parameter
+from peerturb.rng import ROUNDING_SLOT, SIDE_ROUNDING, U64
+from peerturb.zo import directions, philox
+from peerturb.zo.directions import Probes
+
+_HALVES_PER_BLOCK = 8
+
+
+def subtract(
+    flat: Tensor, first: int, total: Tensor, parameter: Parameter, probes: Probes, alpha: float, chunk: int
+) -> None:
+    """Subtract f32(alpha * 2**k * U) from elements first.. of a flat tensor, in place.
+
+    Args:
+        flat: The whole tensor, one-dimensional, f32 or bf16.
+        first: Index of the first element concerned.
+        total: U, exact integers below 2**24, any shape, row-major.
+        parameter: Gives k and the stream of the rounding noise.
+        probes: Gives run key and round.
+        alpha: The step size.
+        chunk: Number of the chunk of PROBES_PER_UPDATE_MAX probes: the noise counter's sample.
+    """
+    step = difference(total.reshape(-1), alpha * 2.0**parameter.exponent)
+    target = flat[first : first + len(step)]
+    if flat.dtype == torch.float32:
+        target.sub_(step)
+        return
+    noise = rounding_noise(parameter.index, first, first + len(step), probes.run_key, probes.round, chunk, flat.device)
+    target.copy_(stochastic_bfloat16(target.to(torch.float32).sub_(step), noise))
+
+
+def difference(total: Tensor, scale: float) -> Tensor:
+    """Return f32(scale * U), rounded once.
+
+    `scale` = alpha * 2**k is exact in f64 (24 significant bits, exponent far inside the range). If it is an f32 too,
+    the f32 product of two exact operands is one correct rounding. If it is not (cut among the subnormals), 24 + 24
+    bits fit into f64, so the f64 product is exact and the conversion is the only rounding.
+    """
+    with np.errstate(over="ignore"):
+        is_single = float(np.float32(scale)) == scale
+    if is_single:
+        return total.to(torch.float32).mul_(scale)
+    return total.to(torch.float64).mul_(scale).to(torch.float32)
+
+
+def stochastic_bfloat16(values: Tensor, noise: Tensor) -> Tensor:
+    """Round f32 values to bf16: add 16 bits of noise to the bit pattern, keep the upper half.
+
+    Args:
+        values: f32[n].
+        noise: int32[n], 0..65535. Not added to infinities, which it would turn into NaN.
+    """
+    bits = values.view(torch.int32)
+    is_finite = (bits & 0x7F80_0000) != 0x7F80_0000
+    return ((bits + noise * is_finite) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def rounding_noise(
+    tensor: int, start: int, stop: int, run_key: int, round: int, chunk: int, device: torch.device
+) -> Tensor:
+    """Return the noise of elements start..stop of a tensor: int32[stop - start], 0..65535.
+
+    Element e takes half e mod 2 (low first) of word (e mod 8) div 2 of block e div 8.
+    """
+    blocks = np.arange(start // _HALVES_PER_BLOCK, -(-stop // _HALVES_PER_BLOCK), dtype=np.uint64)
+    streams = np.full(len(blocks), rng.stream_of(tensor, SIDE_ROUNDING), np.uint64)
+    probes = Probes.of(run_key=run_key, round=round, slots=ROUNDING_SLOT, samples=chunk)
+    words = _words_on_cpu(blocks, streams, probes) if device.type == "cpu" else _words(blocks, streams, probes, device)
+    halves = words.view(torch.int16).reshape(-1)
+    skip = start % _HALVES_PER_BLOCK
+    return halves[skip : skip + stop - start].to(torch.int32) & 0xFFFF
+
+
+def _words(blocks: U64, streams: U64, probes: Probes, device: torch.device) -> Tensor:
+    columns = directions.to_device(blocks, streams, probes.samples, probes.slots, device=device)
+    return philox.grid_words(*columns, round=probes.round, run_key=probes.run_key)
+
+
+def _words_on_cpu(blocks: U64, streams: U64, probes: Probes) -> Tensor:
+    out = np.empty((1, len(blocks), 4), np.uint32)
+
+    def fill(tile: rng.Tile) -> None:
+        top, bottom, left, right = tile
+        out[top:bottom, left:right] = rng.grid_words(
+            blocks[left:right], streams[left:right], probes.samples, probes.slots,
+            round=probes.round, run_key=probes.run_key, workspace=directions.workspace(),
+        )  # fmt: skip
+
+    directions.in_parallel(fill, list(rng.tiles(1, len(blocks))))
+    return torch.from_numpy(out.view(np.int32))

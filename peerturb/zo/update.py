@@ -1,0 +1,253 @@
+"""Apply a sealed round to the weights: an exact integer sum of codes x signs, then two IEEE roundings an element.
+
+Canonical order of the probes: slots ascending, samples 0..count - 1 in each. The integer sum does not depend on it,
+only the cut into chunks of PROBES_PER_UPDATE_MAX does. It knows neither records nor rules of the step size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from peerturb import codec, rng
+from peerturb.errors import LogError, ModelError
+from peerturb.limits import PROBES_PER_UPDATE_MAX
+from peerturb.manifest import Manifest, Parameter
+from peerturb.rng import GROUP_SIGNS, SIDE_LEFT, SIDE_RIGHT
+from peerturb.zo.directions import Probes, Span, SpanTable, dense_bits
+from peerturb.zo.gemm import exact_product
+from peerturb.zo.rounding import subtract
+
+PROBES_PER_PASS = 4096
+"""Probes whose signs exist at the same time."""
+SIGN_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""Signs that exist at the same time: on a CPU what stays in the last-level cache until it is multiplied."""
+TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements of one integer sum: on a CPU what stays in the second-level cache until it is subtracted."""
+SUM_ELEMENTS = 1 << 24
+"""Elements of all sums that must be kept when a chunk takes several passes: 64 MiB."""
+DENSE_PROBES = {"cpu": 64, "cuda": 256}
+DENSE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 20}
+"""Probes x elements of `dense` bits that exist at the same time: 4 MiB on a CPU."""
+
+Family = Literal["rank1", "dense"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tile:
+    """Rows start..stop of one matrix, or elements start..stop of a vector."""
+
+    parameter: Parameter
+    matrix: int
+    start: int
+    stop: int
+
+    @property
+    def first(self) -> int:
+        """Index of the tile's first element in the tensor, row-major."""
+        _, rows, columns = self.parameter.stacked
+        return (self.matrix * rows + self.start) * columns
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return (self.stop - self.start) * self.parameter.stacked[2]
+
+    def spans(self) -> tuple[Span, Span | None]:
+        """Return where the tile's left and right factors lie; a vector has no right one."""
+        _, rows, columns = self.parameter.stacked
+        index, top = self.parameter.index, self.matrix * rows
+        left = Span(stream=rng.stream_of(index, SIDE_LEFT), start=top + self.start, stop=top + self.stop)
+        if self.parameter.kind == "vector":
+            return left, None
+        right_start = self.matrix * columns
+        stream = rng.stream_of(index, SIDE_RIGHT)
+        return left, Span(stream=stream, start=right_start, stop=right_start + columns)
+
+
+class _Group:
+    """Tiles whose signs are made in one pass: left factors side by side, then right factors."""
+
+    def __init__(self, tiles: Sequence[_Tile]) -> None:
+        self.tiles = tuple(tiles)
+        lefts: list[Span] = []
+        rights: list[Span] = []
+        places: dict[Span, int] = {}
+        for tile in tiles:
+            left, right = tile.spans()
+            lefts.append(left)
+            if right is not None and right not in places:
+                places[right] = len(rights)
+                rights.append(right)
+        self.table = SpanTable([*lefts, *rights])
+        columns = self.table.columns
+        self.code_columns = slice(0, columns[len(lefts) - 1].stop)
+        pairs = []
+        for tile, left_columns in zip(tiles, columns, strict=False):
+            right = tile.spans()[1]
+            pairs.append((left_columns, None if right is None else columns[len(lefts) + places[right]]))
+        self.pairs = tuple(pairs)
+
+
+def apply_update(
+    weights: Sequence[Tensor], manifest: Manifest, *, family: Family, run_key: int, round: int,
+    slots: ArrayLike, counts: ArrayLike, codes: bytes | NDArray[np.int8], alpha: float,
+) -> None:  # fmt: skip
+    """Turn the weights of round `round` into those of the next one, in place.
+
+    Args:
+        weights: The manifest's tensors, in its order, on one device.
+        manifest: Names, shapes and exponents.
+        family: The RunSpec's family.
+        run_key: The RunSpec's run key.
+        round: The sealed round.
+        slots: Contributing slots, ascending.
+        counts: Their numbers of codes.
+        codes: int8, contribution after contribution, void ones included.
+        alpha: The sealed step size, an f32 value.
+
+    Raises:
+        LogError: the record contradicts itself or its step size cannot be.
+        ModelError: the tensors do not fit the manifest.
+    """
+    check_weights(weights, manifest)
+    keys, samples = _expand(slots, counts, len(codes))
+    if not (0.0 <= alpha <= codec.STEP_MAX and np.float32(alpha) == alpha):
+        raise LogError(f"the step size of round {round} is {alpha!r}; it must be an f32 between 0 and 2**64")
+    factors = codec.decode(codes)
+    for chunk, start in enumerate(range(0, len(factors), PROBES_PER_UPDATE_MAX)):
+        part = slice(start, start + PROBES_PER_UPDATE_MAX)
+        if alpha == 0 or not factors[part].any():
+            continue  # U = 0 or alpha = 0: D = +0 changes no bit of any finite weight
+        probes = Probes(run_key=run_key, round=round, slots=keys[part], samples=samples[part])
+        with torch.no_grad():
+            _apply_chunk(weights, manifest, family, probes, factors[part], float(alpha), chunk)
+
+
+def _apply_chunk(
+    weights: Sequence[Tensor], manifest: Manifest, family: Family, probes: Probes, factors: NDArray[np.int8],
+    alpha: float, chunk: int,
+) -> None:  # fmt: skip
+    device = weights[0].device
+    vectors_only = family == "dense"
+    flats = {p.index: w.detach().reshape(-1) for p, w in zip(manifest, weights, strict=True)}
+    for group in _plan(manifest, vectors_only, device.type, min(len(probes), PROBES_PER_PASS)):
+        for tile, total in _rank1_sums(group, probes, factors, device):
+            subtract(flats[tile.parameter.index], tile.first, total, tile.parameter, probes, alpha, chunk)
+    if family == "dense":
+        for parameter in manifest:
+            if parameter.kind != "vector":
+                for first, total in _dense_sums(parameter, probes, factors, device):
+                    subtract(flats[parameter.index], first, total, parameter, probes, alpha, chunk)
+    for parameter, weight in zip(manifest, weights, strict=True):
+        if not weight.is_contiguous():  # then its flat form above was a copy
+            weight.detach().copy_(flats[parameter.index].view(weight.shape))
+
+
+def _rank1_sums(
+    group: _Group, probes: Probes, factors: NDArray[np.int8], device: torch.device
+) -> Iterator[tuple[_Tile, Tensor]]:
+    """Yield each tile with U = sum of c * a bT, exact integers [rows, columns]."""
+    sums: list[Tensor] = []
+    passes = range(0, len(probes), PROBES_PER_PASS)
+    for start in passes:
+        part = probes.part(start, start + PROBES_PER_PASS)
+        padded = -(-len(part) // 8) * 8
+        signs = group.table.signs(part, device, rows=padded)
+        scaled = signs[: len(part), group.code_columns]
+        scaled.mul_(torch.from_numpy(factors[start : start + PROBES_PER_PASS].copy()).to(device)[:, None])
+        ones = torch.ones((padded, 1), dtype=torch.int8, device=device)
+        for number, (tile, (left, right)) in enumerate(zip(group.tiles, group.pairs, strict=True)):
+            total = exact_product(signs[:, left], ones if right is None else signs[:, right])
+            if len(passes) == 1:
+                yield tile, total
+            elif start == 0:
+                sums.append(total)
+            else:
+                sums[number].add_(total)
+    if len(passes) > 1:
+        yield from zip(group.tiles, sums, strict=True)
+
+
+def _dense_sums(
+    parameter: Parameter, probes: Probes, factors: NDArray[np.int8], device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first element, U) over row-major stretches of a matrix: U = sum of c - 2 * sum of c * bit."""
+    height, width = DENSE_PROBES[_kind(device)], DENSE_ELEMENTS[_kind(device)]
+    assert width % GROUP_SIGNS == 0
+    column = torch.from_numpy(factors.copy()).to(device)[:, None]
+    everything = int(factors.astype(np.int64).sum())
+    for first in range(0, parameter.elements, width):
+        stop = min(first + width, parameter.elements)
+        total = torch.zeros(stop - first, dtype=torch.int32, device=device)
+        for start in range(0, len(probes), height):
+            bits = dense_bits(parameter, probes.part(start, start + height), first, stop, device)
+            total.add_(exact_product(column[start : start + height], bits)[0])
+        yield first, total.mul_(-2).add_(everything)
+
+
+@lru_cache(maxsize=64)
+def _plan(manifest: Manifest, vectors_only: bool, device_type: str, probes: int) -> tuple[_Group, ...]:
+    """Cut the manifest into tiles, and the tiles into groups whose signs and sums stay within their limits."""
+    device = "cpu" if device_type == "cpu" else "cuda"
+    columns_max = max(SIGN_BYTES[device] // probes, 1)
+    groups: list[list[_Tile]] = []
+    width = size = 0
+    previous: _Tile | None = None
+    for tile in _tiles(manifest, vectors_only, TILE_ELEMENTS[device]):
+        is_same = previous is not None and (previous.parameter, previous.matrix) == (tile.parameter, tile.matrix)
+        tile_width = tile.stop - tile.start + (0 if is_same else tile.parameter.stacked[2])
+        if not groups or width + tile_width > columns_max or size + tile.elements > SUM_ELEMENTS:
+            groups.append([])
+            width = size = 0
+        groups[-1].append(tile)
+        width, size, previous = width + tile_width, size + tile.elements, tile
+    return tuple(_Group(group) for group in groups)
+
+
+def _tiles(manifest: Manifest, vectors_only: bool, elements_max: int) -> Iterator[_Tile]:
+    for parameter in manifest:
+        if parameter.elements == 0 or (vectors_only and parameter.kind != "vector"):
+            continue
+        matrices, rows, columns = parameter.stacked
+        height = max(elements_max // columns, 1)
+        for matrix in range(matrices):
+            for start in range(0, rows, height):
+                yield _Tile(parameter=parameter, matrix=matrix, start=start, stop=min(start + height, rows))
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "cuda"
+
+
+def _expand(slots: ArrayLike, counts: ArrayLike, codes: int) -> tuple[rng.U64, rng.U64]:
+    """Return slot and sample of every code, checking the columns against each other."""
+    keys, sizes = np.asarray(slots, np.int64).reshape(-1), np.asarray(counts, np.int64).reshape(-1)
+    if len(keys) != len(sizes) or (sizes < 1).any() or int(sizes.sum()) != codes:
+        raise LogError(f"a sealed round with {len(keys)} slots and {len(sizes)} counts does not describe {codes} codes")
+    if len(keys) and (keys[0] < 0 or keys[-1] >= rng.ROUNDING_SLOT or (np.diff(keys) <= 0).any()):
+        raise LogError("the slots of a sealed round must be distinct, ascending and below ffffffff")
+    starts = np.cumsum(sizes) - sizes
+    samples = np.arange(codes, dtype=np.int64) - np.repeat(starts, sizes)
+    return np.repeat(keys, sizes).astype(np.uint64), samples.astype(np.uint64)
+
+
+def check_weights(weights: Sequence[Tensor], manifest: Manifest) -> None:
+    """Check tensors against the manifest.
+
+    Raises:
+        ModelError: another number, shape, dtype or device than the manifest's; the message names the tensor.
+    """
+    if len(weights) != len(manifest):
+        raise ModelError(f"the manifest has {len(manifest)} tensors, but {len(weights)} were given")
+    for parameter, weight in zip(manifest, weights, strict=True):
+        if tuple(weight.shape) != parameter.shape or weight.dtype != getattr(torch, parameter.dtype):
+            found = f"{tuple(weight.shape)} {str(weight.dtype).removeprefix('torch.')}"
+            raise ModelError(f"{parameter.name} is {found}; the manifest says {parameter.shape} {parameter.dtype}")
+        if weight.device != weights[0].device:
+            raise ModelError(f"{parameter.name} is on {weight.device}, {manifest[0].name} on {weights[0].device}")
