@@ -1,9 +1,13 @@
 """Pins and ranges agree with each other and with the generated code."""
 
+import ast
 import re
+import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 from tests.conftest import REPOSITORY
@@ -62,3 +66,40 @@ def test_lower_bounds_satisfy_the_generated_code() -> None:
     assert len(protobuf_versions) == len(grpc_versions) == 1
     assert f">={protobuf_versions.pop()}" in str(bounds["protobuf"])
     assert f">={grpc_versions.pop()}" in str(bounds["grpcio"])
+
+
+def _third_party(folder: Path) -> set[str]:
+    """Normal names of the distributions that the sources below `folder` import, wherever the import stands."""
+    roots: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                roots.add(node.module)
+    owners = packages_distributions()
+    found = set()
+    for root in {name.partition(".")[0] for name in roots}:
+        if root == "google":
+            found.add("protobuf")
+        elif root not in sys.stdlib_module_names and not root.startswith("peerturb"):
+            found |= {_normal(name) for name in owners[root]}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("peerturb/protocol", []),
+        ("peerturb/runlog", []),
+        ("peerturb/wire", []),
+        ("coordinator/peerturb_coordinator", []),
+        ("peerturb", ["node"]),
+        ("node/peerturb_node", ["node"]),
+        ("benchmarks/peerturb_bench", ["node", "bench"]),
+    ],
+)
+def test_what_is_imported_is_declared(folder: str, extras: list[str]) -> None:
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    declared = {_normal(Requirement(line).name) for line in lines}
+    assert _third_party(REPOSITORY / folder) - declared == set()
