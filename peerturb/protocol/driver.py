@@ -3,7 +3,7 @@
 A machine decides, its shell does. `drive` hands out what is to be done, in order, and applies records once they are
 persisted. Records that stand next to each other come as one `Persist`: one transaction.
 
-    async with lock:                                    # one owner at a time: nobody else may touch the machine meanwhile
+    async with lock:                                    # one owner: nobody else may touch the machine meanwhile
         for effect in drive(machine, machine.receive(session, message, now_ms), now_ms):
             match effect:
                 case Persist(records=records):
@@ -11,8 +11,8 @@ persisted. Records that stand next to each other come as one `Persist`: one tran
                 case Send() | Reject() | Notice():
                     ...
 
-Resuming the generator after a `Persist` says that its records are durable. If the store fails, let the exception end the
-loop: the machine has not changed and decides the same again at the next `advance` (wait a moment before calling it).
+Resuming the generator after a `Persist` says that its records are durable. If the store fails, let the exception end
+the loop: the machine has not changed and decides the same again at the next `advance` (wait a moment before it).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,13 +23,14 @@ from typing import Protocol, TypeVar
 from peerturb.protocol.outputs import Append
 from peerturb.protocol.records import Record
 
-Output = TypeVar("Output", covariant=True)
+Output = TypeVar("Output")
+Output_co = TypeVar("Output_co", covariant=True)
 
 
-class Machine(Protocol[Output]):
+class Machine(Protocol[Output_co]):
     """What the loop needs of a machine."""
 
-    def advance(self, now_ms: int) -> Sequence[Output]:
+    def advance(self, now_ms: int) -> Sequence[Output_co]:
         """Decide what is to be done now; empty when there is nothing."""
 
     def apply(self, record: Record) -> None:

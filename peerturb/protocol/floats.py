@@ -7,7 +7,7 @@ _F32 = struct.Struct("<f")
 
 
 def f32(value: float) -> float:
-    """Round to the nearest f32; beyond its range to infinity. NaN becomes `math.nan`, so that equal records compare equal."""
+    """Round to the nearest f32, beyond its range to infinity. NaN becomes `math.nan`: equal records compare equal."""
     if math.isnan(value):
         return math.nan
     try:

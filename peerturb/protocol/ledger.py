@@ -6,6 +6,7 @@ codes: its size depends on the number of identities, not on the number of rounds
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import assert_never
 
 from peerturb import codec, limits
@@ -24,6 +25,8 @@ from peerturb.protocol.records import (
     RunStarted,
 )
 from peerturb.spec import RunSpec
+
+_START = Position(0)
 
 VOID_BYTE = codec.VOID & 0xFF
 """A void code as it stands in a bytes object."""
@@ -57,13 +60,13 @@ class Ledger:
     """
 
     spec: RunSpec | None = None
-    position: Position = Position(0)
+    position: Position = _START
     members: list[Member] = field(default_factory=list)
     slot_of: dict[PeerKey, Slot] = field(default_factory=dict)
     open: RoundOpened | None = None
     """The round now open."""
     sealed_rounds: int = 0
-    last_sealed_at: Position = Position(0)
+    last_sealed_at: Position = _START
     """Position of the newest `RoundSealed`."""
     scale: float = 0.0
     """Scale the next round opens with."""
@@ -98,6 +101,11 @@ class Ledger:
         """Return the slot an identity has, or would get."""
         return self.slot_of.get(key, Slot(len(self.members)))
 
+    def scale_after(self, sealed: RoundSealed) -> float:
+        """Return the scale that follows the open round if it is sealed so: an f32 value."""
+        assert self.open is not None
+        return f32(float(codec.next_scale(self.open.scale, sealed.codes)))
+
     def apply(self, record: Record) -> None:
         """Check the record and take it in.
 
@@ -110,7 +118,7 @@ class Ledger:
         match record:
             case RunStarted(spec=spec):
                 self.spec = spec
-                self.scale = f32(spec.perturbation.initial_scale)
+                self.scale = f32(max(spec.perturbation.initial_scale, codec.SCALE_MIN))
             case PeerJoined():
                 self._join(record)
             case PeerLeft(slot=slot):
@@ -167,7 +175,7 @@ class Ledger:
             member.probes += count
             member.contributions += 1
         self.last_scale = self.open.scale
-        self.scale = f32(codec.next_scale(self.open.scale, record.codes))
+        self.scale = self.scale_after(record)
         self.alpha, self.loss, self.digest = record.alpha, record.loss, record.digest
         self.probes += len(record.codes)
         self.void_codes += record.codes.count(VOID_BYTE)
@@ -217,7 +225,7 @@ class Ledger:
             return why
         if record.slots[-1] >= len(self.members):
             return f"holds a contribution of slot {record.slots[-1]}, which was never admitted"
-        alpha = f32(codec.step_size(spec.step, record.round, self.open.scale, record.codes, spec.round.count))
+        alpha = step_size(spec, record.round, self.open.scale, record.codes)
         if record.alpha != alpha:
             return f"has step size {record.alpha!r}; from the codes follows {alpha!r}"
         return None
@@ -228,7 +236,9 @@ class Ledger:
         if record.round > self.sealed_rounds:
             return f"evaluates round {record.round}, but only {self.sealed_rounds} are sealed"
         last = self.members[record.slot].last_evaluation
-        return None if record.round > last else f"repeats slot {record.slot}'s evaluation of round {last} or an older one"
+        return (
+            None if record.round > last else f"repeats slot {record.slot}'s evaluation of round {last} or an older one"
+        )
 
     def _objection_to_finish(self, record: RunFinished, spec: RunSpec) -> str | None:
         if self.is_finished:
@@ -242,6 +252,11 @@ class Ledger:
         return None
 
 
+def step_size(spec: RunSpec, round_: RoundNumber, scale: float, codes: bytes) -> float:
+    """Return the alpha that follows from a round's codes, as an f32 value."""
+    return f32(float(codec.step_size(spec.step, round_, scale, codes, spec.round.count)))
+
+
 def shape_objection(record: RoundSealed, *, probes_max: int = limits.PROBES_PER_CONTRIBUTION_MAX) -> str | None:
     """Say what is wrong with a sealed round looked at alone, or return None."""
     slots, counts = record.slots, record.counts
@@ -251,7 +266,7 @@ def shape_objection(record: RoundSealed, *, probes_max: int = limits.PROBES_PER_
         return f"holds {len(slots)} contributions, more than {limits.SESSIONS_MAX}"
     if len(slots) != len(counts):
         return f"has {len(slots)} slots and {len(counts)} counts"
-    if any(low >= high for low, high in zip(slots, slots[1:], strict=False)):
+    if any(low >= high for low, high in pairwise(slots)):
         return "has slots that do not ascend"
     if slots[0] < 0 or slots[-1] >= limits.SLOTS_MAX:
         return f"names a slot outside 0..{limits.SLOTS_MAX - 1}"
@@ -260,8 +275,3 @@ def shape_objection(record: RoundSealed, *, probes_max: int = limits.PROBES_PER_
     if sum(counts) != len(record.codes):
         return f"has counts of {sum(counts)} in all and {len(record.codes)} codes"
     return None if is_f32(record.alpha) else f"has step size {record.alpha!r}, which is not an f32 number"
-
-
-def open_round(ledger: Ledger) -> RoundNumber | None:
-    """Number of the open round, None if there is none."""
-    return None if ledger.open is None else ledger.open.round

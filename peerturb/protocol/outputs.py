@@ -1,7 +1,7 @@
 """What a machine asks its shell to do, in order. The shell persists every `Append` before any later `Send`.
 
-Records need no `Send`: the shell streams the persisted log to every session from that session's own position (the feed),
-so live rounds, catch-up and rejoin are one code path.
+Records need no `Send`: the shell streams the persisted log to every session from that session's own position (the
+feed), so live rounds, catch-up and rejoin are one code path. `peerturb.protocol.driver` is the loop that does it.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SessionId = NewType("SessionId", int)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Append:
-    """Persist the record, then call `apply(record)`, then go on. If persisting fails, stop here: nothing has changed."""
+    """Persist the record, then call `apply(record)`, then go on. If that fails, stop here: nothing has changed."""
 
     record: Record
 
@@ -123,6 +123,4 @@ class Stop:
 
 
 Work = Measure | Apply | Evaluate | Rebuild
-PeerOutput = (
-    Append | Connect | Disconnect | Say | Measure | Apply | Evaluate | Rebuild | CancelMeasure | Stop | Notice
-)
+PeerOutput = Append | Connect | Disconnect | Say | Measure | Apply | Evaluate | Rebuild | CancelMeasure | Stop | Notice

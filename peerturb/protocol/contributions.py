@@ -1,0 +1,80 @@
+"""Contributions to the open round: kept once per slot, and turned into a sealed round."""
+
+import math
+from dataclasses import dataclass, field
+
+from peerturb import limits
+from peerturb.ids import Slot
+from peerturb.protocol.floats import f32
+from peerturb.protocol.ledger import VOID_BYTE, step_size
+from peerturb.protocol.messages import Contribution
+from peerturb.protocol.records import RoundOpened, RoundSealed
+from peerturb.spec import RunSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """A contribution and when it came, in ms since the round's clock started."""
+
+    contribution: Contribution
+    latency_ms: int
+
+
+@dataclass(slots=True)
+class Contributions:
+    """What has arrived for the open round, at most one contribution per slot.
+
+    Invariant: at most SESSIONS_MAX entries of at most `probes_max` codes each: 64 MiB.
+    """
+
+    of_slot: dict[Slot, Pending] = field(default_factory=dict)
+
+    @property
+    def is_full(self) -> bool:
+        """True when no other slot's contribution fits in a record."""
+        return len(self.of_slot) >= limits.SESSIONS_MAX
+
+    def add(self, slot: Slot, contribution: Contribution, latency_ms: int) -> None:
+        """Keep the slot's first contribution; only one measured on other weights (after a rebuild) replaces it."""
+        known = self.of_slot.get(slot)
+        if known is None or known.contribution.digest != contribution.digest:
+            self.of_slot[slot] = Pending(contribution=contribution, latency_ms=latency_ms)
+
+    def canonical_digest(self) -> int:
+        """Digest most peers measured on; among equals the one of the lowest slot."""
+        votes: dict[int, int] = {}
+        for slot in sorted(self.of_slot):
+            digest = self.of_slot[slot].contribution.digest
+            votes[digest] = votes.get(digest, 0) + 1
+        return max(votes, key=lambda digest: votes[digest])  # the first of the largest: dicts keep the order of slots
+
+    def longest_ms(self, slots: tuple[Slot, ...]) -> int:
+        """Latency of the slowest of these contributions."""
+        return max(self.of_slot[slot].latency_ms for slot in slots)
+
+    def seal(self, spec: RunSpec, opened: RoundOpened) -> RoundSealed:
+        """Form the record from the contributions measured on the canonical weights. At least one must be there."""
+        digest = self.canonical_digest()
+        chosen = sorted(slot for slot, pending in self.of_slot.items() if pending.contribution.digest == digest)
+        parts = [self.of_slot[slot].contribution for slot in chosen]
+        codes = b"".join(part.codes for part in parts)
+        return RoundSealed(
+            round=opened.round,
+            alpha=step_size(spec, opened.round, opened.scale, codes),
+            loss=_mean_loss(parts),
+            digest=digest,
+            slots=tuple(chosen),
+            counts=tuple(len(part.codes) for part in parts),
+            codes=codes,
+        )
+
+
+def _mean_loss(parts: list[Contribution]) -> float:
+    """Mean of the finite losses weighted by valid codes, in f64 in the order of slots, as f32; NaN if there is none."""
+    total, weights = 0.0, 0
+    for part in parts:
+        weight = len(part.codes) - part.codes.count(VOID_BYTE)
+        if weight and math.isfinite(part.loss):
+            total += part.loss * weight
+            weights += weight
+    return f32(total / weights) if weights else math.nan

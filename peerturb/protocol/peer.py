@@ -1,0 +1,487 @@
+"""A peer's half of the protocol: follows the log, measures the open round, keeps connected.
+
+Pure, like `CoordinatorMachine`: time comes in as `now_ms`, work and messages go out as outputs, and what it knows of the
+log changes only in `apply`. It knows nothing of tensors; the shell does the work and answers with `completed`. Use it
+through `peerturb.protocol.driver.drive`.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
+
+from peerturb.errors import RejectCode
+from peerturb.ids import PeerKey, RoundNumber, Slot
+from peerturb.protocol.backoff import wait_ms
+from peerturb.protocol.floats import f32
+from peerturb.protocol.ledger import Ledger
+from peerturb.protocol.messages import (
+    Challenge,
+    Contribution,
+    Evaluation,
+    Hello,
+    Leave,
+    Records,
+    Refusal,
+    ToPeer,
+    Welcome,
+)
+from peerturb.protocol.outputs import (
+    Append,
+    Apply,
+    CancelMeasure,
+    Connect,
+    Disconnect,
+    Evaluate,
+    Measure,
+    Notice,
+    PeerOutput,
+    Rebuild,
+    Say,
+    Stop,
+)
+from peerturb.protocol.probing import ProbeBudget
+from peerturb.protocol.records import Record, RoundSealed, RunStarted
+from peerturb.protocol.results import Applied, EvaluatedResult, Measured, Rebuilt, Result
+from peerturb.spec import PROTOCOL_VERSION, RunSpec
+
+APPLIES_MAX = 32
+"""Sealed rounds handed to the shell and not yet applied; more wait as records."""
+
+INBOX_RECORDS_MAX = 4_096
+"""Records received and not yet taken in, above which the shell should stop reading."""
+
+PATIENT = frozenset(
+    {RejectCode.NOT_JOINED, RejectCode.RUN_FULL, RejectCode.SHUTTING_DOWN, RejectCode.OVERSIZED, RejectCode.MALFORMED}
+)
+"""Closing refusals after which trying again later makes sense; after any other the peer stops."""
+
+REFUSALS_MAX = 8
+"""Closing refusals in a row, without a welcome between them, after which even a patient peer stops (except RUN_FULL and
+SHUTTING_DOWN, which pass)."""
+
+
+class Session(Enum):
+    """How a peer stands with the coordinator."""
+
+    WAITING = "waiting"
+    """Not connected; tries again at a set time."""
+    CONNECTING = "connecting"
+    """`Connect` was given; neither `connected` nor `disconnected` has come."""
+    JOINING = "joining"
+    """The stream stands, the Hello is on its way."""
+    JOINED = "joined"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStatus:
+    """What a peer is doing, for displays."""
+
+    session: Session
+    slot: Slot | None
+    position: int
+    head: int
+    """Length of the log when the coordinator admitted us."""
+    rounds_sealed: int
+    rounds_applied: int
+    measuring: int | None
+    """Round being measured."""
+    backlog: int
+    """Records received and not yet taken in."""
+    digest: int
+    is_finished: bool
+    contributions: int
+    """Contributions that stand in sealed rounds, ever."""
+
+
+class PeerMachine:
+    """Follows one run with one identity.
+
+    Invariant: every sealed round is handed out for `Apply` once, in order (or replayed by a `Rebuild`); a `Measure` is
+    given only when nothing is left to apply.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        *,
+        key: PeerKey,
+        name: str,
+        token: str,
+        base_digest: bytes,
+        manifest_digest: bytes,
+        digest: int,
+        ledger: Ledger | None = None,
+        unapplied: Sequence[RoundSealed] = (),
+        probes_max: int | None = None,
+        evaluates: bool = True,
+    ) -> None:
+        """Begin from what the peer has.
+
+        Args:
+            spec: the run's.
+            key: identity.
+            name: display name.
+            token: join token, empty if none is needed.
+            base_digest: 32 bytes, of the loaded base weights.
+            manifest_digest: 32 bytes, of what it trains.
+            digest: short digest (u32) of the weights as they are now.
+            ledger: fold of the local log; None for an empty one.
+            unapplied: sealed rounds of the local log, its last ones, that the weights do not have yet.
+            probes_max: local limit on probes per round, below the RunSpec's.
+            evaluates: whether it has held-out examples.
+        """
+        self.spec = spec
+        self.ledger = ledger if ledger is not None else Ledger()
+        assert self.ledger.spec is None or self.ledger.spec.digest == spec.digest
+        assert len(unapplied) <= self.ledger.sealed_rounds
+        self.slot: Slot | None = None
+        self._key, self._name, self._token = key, name, token
+        self._base_digest, self._manifest_digest = base_digest, manifest_digest
+        most = spec.round.probes_max if probes_max is None else min(probes_max, spec.round.probes_max)
+        self._budget = ProbeBudget(probes_max=most, budget_ms=spec.round.budget_ms)
+        self._evaluates = evaluates and spec.objective.eval_every > 0
+        self._session = Session.WAITING
+        self._attempt, self._connect_at_ms = 0, 0
+        self._refusals = 0
+        self._head = 0
+        self._inbox: deque[Record] = deque()
+        self._to_apply: deque[RoundSealed] = deque(unapplied)
+        self._applying: deque[RoundSealed] = deque()
+        self._rounds_applied = self.ledger.sealed_rounds - len(unapplied)
+        self._digest = digest
+        self._measuring: RoundNumber | None = None
+        self._measured_on = 0
+        self._is_cancelled = False
+        self._may_cancel = False
+        self._last: Contribution | None = None
+        self._is_said = False
+        self._evaluating = False
+        self._evaluated_at = -1
+        self._suspicion: str | None = None
+        self._suspect_round = 0
+        self._rebuilding = False
+        self._rebuilt_at = -1
+        if self._to_apply:
+            self._compare(self._to_apply[0])
+
+    # --- what the shell tells ---------------------------------------------------------------------------------------
+
+    def hello(self, chain: bytes) -> Hello:
+        """Return the Hello for a new session; `chain` is the chain hash of the local log as it is now."""
+        return Hello(
+            protocol=PROTOCOL_VERSION,
+            key=self._key,
+            name=self._name,
+            token=self._token,
+            spec_digest=self.spec.digest,
+            base_digest=self._base_digest,
+            manifest_digest=self._manifest_digest,
+            position=self.ledger.position,
+            chain=chain,
+        )
+
+    def connected(self, now_ms: int) -> Sequence[PeerOutput]:
+        """The stream stands; the shell sends the Hello, which must be made at this moment."""
+        if self._session is Session.CONNECTING:
+            self._session = Session.JOINING
+            self._inbox.clear()  # the coordinator sends again from the Hello's position
+        return []
+
+    def disconnected(self, why: str, now_ms: int) -> Sequence[PeerOutput]:
+        """The stream has ended, or could not be opened."""
+        if self._session in (Session.STOPPED, Session.WAITING):
+            return []
+        self._wait(now_ms)
+        return [
+            Notice(code="disconnected", text=f"no session: {why}; next attempt in {self._connect_at_ms - now_ms} ms")
+        ]
+
+    def receive(self, message: ToPeer, now_ms: int) -> Sequence[PeerOutput]:
+        """Take in a message of the current session. The shell answers `Challenge` itself."""
+        if self._session in (Session.STOPPED, Session.WAITING):
+            return []
+        match message:
+            case Challenge():
+                return []
+            case Welcome():
+                return self._welcome(message, now_ms)
+            case Records():
+                return self._records(message, now_ms)
+            case Refusal():
+                return self._refusal(message, now_ms)
+            case _:
+                assert_never(message)
+
+    def completed(self, result: Result, now_ms: int) -> Sequence[PeerOutput]:
+        """A piece of work is done."""
+        match result:
+            case Measured():
+                return self._completed_measure(result)
+            case Applied():
+                return self._completed_apply(result)
+            case EvaluatedResult():
+                return self._completed_evaluation(result)
+            case Rebuilt():
+                return self._completed_rebuild(result)
+            case _:
+                assert_never(result)
+
+    def leave(self) -> Sequence[PeerOutput]:
+        """The user wants to stop."""
+        return self._stop(None, "left")
+
+    # --- decisions --------------------------------------------------------------------------------------------------
+
+    def advance(self, now_ms: int) -> Sequence[PeerOutput]:
+        """Decide what is to be done now; call until it returns nothing (`drive` does)."""
+        if self._session is Session.STOPPED:
+            return []
+        if self._session is Session.WAITING and now_ms >= self._connect_at_ms and not self.ledger.is_finished:
+            self._session = Session.CONNECTING
+            return [Connect()]
+        if self._suspicion is not None:
+            return self._rebuild()
+        if self._to_apply and len(self._applying) < APPLIES_MAX:
+            sealed = self._to_apply.popleft()
+            self._applying.append(sealed)
+            return [Apply(sealed=sealed)]
+        if self._inbox and len(self._applying) < APPLIES_MAX:
+            return self._take_in()
+        if self._applying or self._inbox:
+            return []
+        return self._finish() if self.ledger.is_finished else self._work()
+
+    def deadline_ms(self) -> int | None:
+        """Return when `advance` must be called next; None: not before the next message or result."""
+        return self._connect_at_ms if self._session is Session.WAITING and not self.ledger.is_finished else None
+
+    def apply(self, record: Record) -> None:
+        """Take in a record that is in the local log.
+
+        Raises:
+            IllegalRecordError: the record may not come next; nothing has changed.
+        """
+        self.ledger.apply(record)
+        if self._inbox and self._inbox[0] is record:
+            self._inbox.popleft()
+        if isinstance(record, RoundSealed):
+            self._to_apply.append(record)
+            if self._rounds_applied == record.round:
+                self._compare(record)
+
+    @property
+    def wants_records(self) -> bool:
+        """False while so many records wait that the shell should not read the stream further."""
+        return len(self._inbox) < INBOX_RECORDS_MAX
+
+    @property
+    def status(self) -> PeerStatus:
+        """Describe what the peer is doing."""
+        member = None if self.slot is None or self.slot >= len(self.ledger.members) else self.ledger.members[self.slot]
+        return PeerStatus(
+            session=self._session,
+            slot=self.slot,
+            position=self.ledger.position,
+            head=max(self._head, self.ledger.position),
+            rounds_sealed=self.ledger.sealed_rounds,
+            rounds_applied=self._rounds_applied,
+            measuring=self._measuring,
+            backlog=len(self._inbox),
+            digest=self._digest,
+            is_finished=self.ledger.is_finished,
+            contributions=0 if member is None else member.contributions,
+        )
+
+    # --- session ----------------------------------------------------------------------------------------------------
+
+    def _wait(self, now_ms: int) -> None:
+        self._session = Session.WAITING
+        self._connect_at_ms = now_ms + wait_ms(self._key, self._attempt)
+        self._attempt += 1
+        self._may_cancel = False
+
+    def _reconnect(self, why: str, now_ms: int) -> list[PeerOutput]:
+        self._wait(now_ms)
+        self._inbox.clear()
+        return [Disconnect(why=why)]
+
+    def _stop(self, code: RejectCode | None, why: str) -> list[PeerOutput]:
+        if self._session is Session.STOPPED:
+            return []
+        goodbye: list[PeerOutput] = []
+        if self._measuring is not None and not self._is_cancelled:
+            self._is_cancelled = True
+            goodbye.append(CancelMeasure(round=self._measuring))
+        if self._session is Session.JOINED and code is None:
+            goodbye.append(Say(message=Leave()))
+        self._session = Session.STOPPED
+        self._inbox.clear()
+        return [*goodbye, Stop(code=code, why=why)]
+
+    def _welcome(self, welcome: Welcome, now_ms: int) -> list[PeerOutput]:
+        if self._session is Session.JOINED:
+            return self._reconnect("the coordinator sent a second welcome", now_ms)
+        if welcome.head < self.ledger.position:
+            why = f"the coordinator's log has {welcome.head} records, ours {self.ledger.position}"
+            return self._stop(RejectCode.LOG_DIVERGED, why)
+        self._session = Session.JOINED
+        self._attempt = self._refusals = 0
+        self._is_said = False
+        self.slot, self._head = welcome.slot, welcome.head
+        return []
+
+    def _refusal(self, refusal: Refusal, now_ms: int) -> list[PeerOutput]:
+        if not refusal.closes:
+            if refusal.code is RejectCode.DIGEST_MISMATCH and self._rebuilt_at < self._rounds_applied:
+                self._suspect(refusal.why, self._rounds_applied)
+            quiet = refusal.code in (RejectCode.STALE_ROUND, RejectCode.RUN_FINISHED)
+            return [] if quiet else [Notice(code=f"refused_{refusal.code.name.lower()}", text=refusal.why)]
+        self._refusals += 1
+        passing = refusal.code in (RejectCode.RUN_FULL, RejectCode.SHUTTING_DOWN)
+        if refusal.code in PATIENT and (passing or self._refusals < REFUSALS_MAX):
+            self._attempt = max(self._attempt, 1)
+            return self._reconnect(f"refused ({refusal.code.name.lower()}): {refusal.why}", now_ms)
+        return self._stop(refusal.code, refusal.why)
+
+    def _records(self, message: Records, now_ms: int) -> list[PeerOutput]:
+        """Queue the records we lack; what we have already is skipped, a gap ends the session."""
+        expected = self.ledger.position + len(self._inbox)
+        if message.first > expected:
+            return self._reconnect(f"the coordinator skipped records {expected}..{message.first - 1}", now_ms)
+        self._inbox.extend(message.records[expected - message.first :])
+        return []
+
+    # --- the log ----------------------------------------------------------------------------------------------------
+
+    def _take_in(self) -> list[PeerOutput]:
+        """Append the next record if it may follow; give up on a coordinator that sends one that may not."""
+        record = self._inbox[0]
+        why = self.ledger.objection(record)
+        if isinstance(record, RunStarted) and record.spec.digest != self.spec.digest:
+            why = "belongs to another RunSpec"
+        if why is not None:
+            text = f"the coordinator sent an illegal log: record {self.ledger.position} ({type(record).__name__}) {why}"
+            return self._stop(RejectCode.LOG_DIVERGED, text)
+        outputs: list[PeerOutput] = []
+        is_ours = isinstance(record, RoundSealed) and record.round == self._measuring and not self._is_cancelled
+        if is_ours and self._may_cancel:
+            # Never twice in a row, and never before this session's first contribution: a contribution that comes late
+            # shows the coordinator that we keep up and how long we take; without it a slow peer would never be awaited.
+            self._is_cancelled, self._may_cancel = True, False
+            outputs.append(CancelMeasure(round=record.round))
+        outputs.append(Append(record=record))
+        return outputs
+
+    def _compare(self, sealed: RoundSealed) -> None:
+        """Check our weights against those the round was measured on."""
+        if sealed.digest != self._digest:
+            ours, canonical = f"{self._digest:08x}", f"{sealed.digest:08x}"
+            why = f"before round {sealed.round} our weights are {ours}, the canonical ones {canonical}"
+            self._suspect(why, sealed.round)
+
+    def _suspect(self, why: str, round_: int) -> None:
+        if self._suspicion is None and not self._rebuilding:
+            self._suspicion, self._suspect_round = why, round_
+
+    def _rebuild(self) -> list[PeerOutput]:
+        """Once nothing else is being done, replay the local log; a second difference at one place is hopeless."""
+        assert self._suspicion is not None
+        if self._rebuilding or self._applying or self._measuring is not None or self._evaluating:
+            if self._measuring is not None and not self._is_cancelled:
+                self._is_cancelled = True
+                return [CancelMeasure(round=self._measuring)]
+            return []
+        if self._rebuilt_at == self._suspect_round:
+            why = f"{self._suspicion}, even after a rebuild from the log: faulty memory, or other base weights?"
+            return self._stop(RejectCode.DIGEST_MISMATCH, why)
+        self._rebuilding = True
+        self._to_apply.clear()  # the rebuild replays them too
+        return [Rebuild(why=self._suspicion)]
+
+    # --- work -------------------------------------------------------------------------------------------------------
+
+    def _work(self) -> list[PeerOutput]:
+        """At the head of the log with nothing left to apply: contribute to the open round, then evaluate."""
+        opened = self.ledger.open
+        if self._session is not Session.JOINED or opened is None or self.ledger.position < self._head:
+            return []
+        if self._last is not None and self._last.round == opened.round:
+            if not self._is_said:
+                self._is_said = True
+                return [Say(message=self._last)]
+        elif self._measuring is None:
+            self._measuring, self._measured_on, self._is_cancelled = opened.round, self._digest, False
+            return [Measure(round=opened.round, scale=opened.scale, count=self._budget.count())]
+        return self._evaluation()
+
+    def _evaluation(self) -> list[PeerOutput]:
+        rounds = self._rounds_applied
+        is_last = self.ledger.is_finished
+        if not self._evaluates or self._evaluating or rounds == self._evaluated_at:
+            return []
+        if rounds % self.spec.objective.eval_every and not is_last:
+            return []
+        self._evaluating, self._evaluated_at = True, rounds
+        return [Evaluate(round=RoundNumber(rounds))]
+
+    def _finish(self) -> list[PeerOutput]:
+        """Everything is applied: evaluate once more, then say goodbye."""
+        if self._measuring is not None and not self._is_cancelled:
+            self._is_cancelled = True
+            return [CancelMeasure(round=self._measuring)]
+        outputs = self._evaluation()
+        if outputs or self._evaluating or self._measuring is not None:
+            return outputs
+        return self._stop(None, f"the run is finished after {self.ledger.sealed_rounds} rounds")
+
+    # --- results ----------------------------------------------------------------------------------------------------
+
+    def _completed_measure(self, result: Measured) -> list[PeerOutput]:
+        """Send the contribution, even a late one: it shows the coordinator how long we take."""
+        assert result.round == self._measuring, f"measured round {result.round}, asked for {self._measuring}"
+        self._measuring = None
+        if self._is_cancelled:
+            return []
+        assert 1 <= len(result.codes) <= self.spec.round.probes_max
+        self._budget.observe(probes=len(result.codes), elapsed_ms=result.elapsed_ms)
+        self._last = Contribution(
+            round=result.round, codes=result.codes, loss=f32(result.loss), digest=self._measured_on
+        )
+        self._is_said = self._may_cancel = self._session is Session.JOINED
+        return [Say(message=self._last)] if self._is_said else []
+
+    def _completed_apply(self, result: Applied) -> list[PeerOutput]:
+        sealed = self._applying.popleft()
+        assert result.round == sealed.round, f"applied round {result.round}, the next was {sealed.round}"
+        self._rounds_applied, self._digest = result.round + 1, result.digest
+        following = self._applying or self._to_apply
+        if following:
+            self._compare(following[0])
+        return []
+
+    def _completed_evaluation(self, result: EvaluatedResult) -> list[PeerOutput]:
+        self._evaluating = False
+        if self._session is not Session.JOINED or not result.examples:
+            return []
+        message = Evaluation(
+            round=result.round,
+            loss=f32(result.loss),
+            accuracy=None if result.accuracy is None else f32(result.accuracy),
+            examples=result.examples,
+        )
+        return [Say(message=message)]
+
+    def _completed_rebuild(self, result: Rebuilt) -> list[PeerOutput]:
+        assert result.rounds == self.ledger.sealed_rounds, (
+            f"rebuilt {result.rounds} of {self.ledger.sealed_rounds} rounds"
+        )
+        self._rebuilding, self._suspicion = False, None
+        self._rounds_applied, self._digest, self._rebuilt_at = result.rounds, result.digest, result.rounds
+        if self._last is not None and self._last.digest != result.digest:
+            self._last = None
+        return [
+            Notice(code="rebuilt", text=f"weights rebuilt from the log: {result.rounds} rounds, {result.digest:08x}")
+        ]
