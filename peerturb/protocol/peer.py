@@ -456,7 +456,11 @@ class PeerMachine:
     def _completed_apply(self, result: Applied) -> list[PeerOutput]:
         sealed = self._applying.popleft()
         assert result.round == sealed.round, f"applied round {result.round}, the next was {sealed.round}"
-        self._rounds_applied, self._digest = result.round + 1, result.digest
+        self._rounds_applied = result.round + 1
+        if result.digest is None:
+            assert self._applying, "the last round of a burst comes with a digest"
+            return []
+        self._digest = result.digest
         following = self._applying or self._to_apply
         if following:
             self._compare(following[0])

@@ -24,8 +24,9 @@ class Applied:
 
     round: RoundNumber
     """The sealed round that was applied; the weights now have `round + 1` rounds."""
-    digest: int
-    """Short digest (u32) of the weights after it."""
+    digest: int | None
+    """Short digest (u32) of the weights after it; None where the shell has another `Apply` to do at once and leaves it
+    out, because it takes longer than the update itself. The last one of a burst has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
