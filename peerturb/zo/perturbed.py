@@ -40,6 +40,7 @@ class PerturbedForward(TorchFunctionMode):
 
     Args:
         parameters: every trainable parameter by identity: (manifest entry, the model's tensor).
+        perturbation: what to add, or None (with no parameters) to keep `positions` only.
         head: the output embedding; where it is applied, only `positions` of each row are kept.
         positions: [rows, kept] indices of the tokens whose logits are wanted, or None for all.
     """
@@ -47,18 +48,29 @@ class PerturbedForward(TorchFunctionMode):
     def __init__(
         self,
         parameters: Sequence[tuple[Parameter, Tensor]],
-        perturbation: Perturbation,
+        perturbation: Perturbation | None,
         *,
         head: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.perturbation = perturbation
-        self.probes = perturbation.probes
+        if parameters and perturbation is None:
+            raise ValueError("parameters without a perturbation")
+        self._perturbation = perturbation
+        self.probes = perturbation.probes if perturbation is not None else 0
         self.head = head
         self.positions = positions
         self.used: set[str] = set()
+        """Names of the parameters met so far."""
+        self.has_kept = False
+        """True once the head was applied to `positions` only."""
         self._tracked = {id(tensor): Tracked(parameter=entry, tensor=tensor) for entry, tensor in parameters}
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What is added; handlers ask only once they have met a tracked parameter."""
+        assert self._perturbation is not None
+        return self._perturbation
 
     def __torch_function__(
         self,
@@ -103,6 +115,11 @@ class PerturbedForward(TorchFunctionMode):
                 parameter=source.parameter, tensor=tensor, is_transposed=transposed, rows=rows
             )
         return tensor
+
+    def keep(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Keep the hidden states at `positions`: [rows, tokens, width] -> [rows, kept, width]."""
+        self.has_kept = True
+        return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[-1]))
 
     def vector(self, found: Tracked) -> Tensor:
         """Return a tracked vector's perturbed value for every row: [probes, 2, 1, elements]."""
@@ -154,7 +171,7 @@ def _linear(
 ) -> Any:
     x, weight, bias = _signature(args, kwargs, "input", "weight", "bias")
     if weight is mode.head and mode.positions is not None:
-        x = _keep(x, mode.positions)
+        x = mode.keep(x, mode.positions)
     stray = mode.find((x,), {})
     if stray is not None:
         mode.refuse(stray, "multiplies it by another matrix before its use")
@@ -190,7 +207,7 @@ def _matmul(
     if not isinstance(x, Tensor) or tracked is None or mode.find((x,), {}) is not None:
         mode.refuse(found, "uses it as the left operand of a product")
     if weight is mode.head and mode.positions is not None:
-        x = _keep(x, mode.positions)
+        x = mode.keep(x, mode.positions)
     return _correct(mode, x, func(x, weight), tracked, None, is_transposed=True)
 
 
@@ -365,11 +382,6 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> li
         if name in kwargs:
             values[index] = kwargs[name]
     return values
-
-
-def _keep(x: Tensor, positions: Tensor) -> Tensor:
-    """Keep the hidden states at `positions`: [rows, tokens, width] -> [rows, kept, width]."""
-    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
 PRODUCTS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}

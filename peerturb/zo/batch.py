@@ -1,0 +1,96 @@
+"""Run a model over rows of sequences, perturbed or plain, and return each example's loss.
+
+The one place that knows how rows, perturbation and objective meet. Used by probes, by evaluation and by the coverage
+check.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peerturb.manifest import Manifest, Parameter
+from peerturb.zo.objective import Objective, Rows, TokenSequence
+from peerturb.zo.perturbation import Perturbation
+from peerturb.zo.perturbed import PerturbedForward
+
+
+class Runner:
+    """A model, the tensors a run trains, and the objective.
+
+    Args:
+        manifest: what is trained; the tensors are looked up in `model` once.
+    """
+
+    def __init__(self, model: Any, manifest: Manifest, objective: Objective) -> None:
+        named = dict(model.named_parameters(remove_duplicate=False))
+        head = model.get_output_embeddings()
+        self.model = model
+        self.objective = objective
+        self.parameters: list[tuple[Parameter, Tensor]] = [(entry, named[entry.name]) for entry in manifest]
+        self.head: Tensor | None = None if head is None else head.weight
+        self.device: torch.device = next(model.parameters()).device
+        self.dtype: torch.dtype = next(model.parameters()).dtype
+
+    def losses(self, sequences: Sequence[TokenSequence], perturbation: Perturbation | None = None) -> Tensor:
+        """Return losses: [examples], or [probes, 2, examples per probe] under a perturbation.
+
+        Args:
+            sequences: the examples; under a perturbation those of its probes, one probe after the other.
+        """
+        rows = self.place(self.objective.rows(sequences))
+        if perturbation is None:
+            return self.objective.losses(self.logits(rows), rows)
+        probes = perturbation.probes
+        rows = twice(rows, probes)
+        losses = self.objective.losses(self.logits(rows, perturbation), rows)
+        return losses.view(probes, 2, -1)
+
+    def place(self, rows: Rows) -> Rows:
+        """Move a batch to the model's device."""
+        if self.device.type == "cpu":
+            return rows
+        return replace(
+            rows,
+            ids=rows.ids.to(self.device),
+            positions=None if rows.positions is None else rows.positions.to(self.device),
+            targets=rows.targets.to(self.device),
+            is_scored=rows.is_scored.to(self.device),
+            answers=rows.answers.to(self.device),
+        )
+
+    @torch.inference_mode()
+    def logits(self, rows: Rows, perturbation: Perturbation | None = None) -> Tensor:
+        """Return the logits that predict the targets: [rows, scored, vocabulary]."""
+        if perturbation is None and rows.positions is None:
+            context: Any = nullcontext()
+        elif perturbation is None:
+            context = PerturbedForward([], None, head=self.head, positions=rows.positions)
+        else:
+            context = PerturbedForward(self.parameters, perturbation, head=self.head, positions=rows.positions)
+        with context:
+            logits: Tensor = self.model(input_ids=rows.ids, use_cache=False).logits
+        if rows.positions is None or context.has_kept:
+            return logits
+        return logits.gather(1, rows.positions[:, :, None].expand(-1, -1, logits.shape[2]))
+
+
+def twice(rows: Rows, probes: int) -> Rows:
+    """Repeat each probe's rows: first measured at +epsilon, then at -epsilon."""
+
+    def repeat(value: Tensor) -> Tensor:
+        grouped = value.view(probes, 1, -1, *value.shape[1:])
+        return grouped.expand(-1, 2, *grouped.shape[2:]).reshape(2 * value.shape[0], *value.shape[1:])
+
+    return replace(
+        rows,
+        ids=repeat(rows.ids),
+        positions=None if rows.positions is None else repeat(rows.positions),
+        targets=repeat(rows.targets),
+        is_scored=repeat(rows.is_scored),
+        answers=repeat(rows.answers),
+        tokens=2 * rows.tokens,
+    )

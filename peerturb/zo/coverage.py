@@ -1,0 +1,159 @@
+"""Prove, before a run starts, that the engine perturbs every trainable parameter of a model, completely and rightly.
+
+A tiny forward with perturbed rows is compared with forwards whose parameters are replaced by perturbed copies, operation
+by operation, in whatever operation they appear: slow, but right for any model. A parameter the two treat differently,
+or that the model never uses, is refused by name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from peerturb.errors import ModelError
+from peerturb.manifest import Manifest, Parameter
+from peerturb.zo.perturbation import FAMILIES
+from peerturb.zo.perturbed import PerturbedForward
+
+PROBES = 3
+TOKENS = 5
+"""Rows and tokens of the trial: small, odd and different, so that a mixed-up layout cannot pass."""
+
+TRIAL_EPSILON = 2.0**-6
+"""Large enough to stand out from rounding, small enough to leave the model's activations in their range."""
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.35}
+"""Largest difference of the two results, as a fraction of the perturbation's own effect."""
+
+
+class TrialSigns:
+    """Reproducible signs for the trial; the run's own generator is not needed here."""
+
+    def __init__(self, manifest: Sequence[Parameter], probes: int, *, only: str | None = None) -> None:
+        self._generator = torch.Generator().manual_seed(1)
+        self._only = only
+        self._left = {p.index: self._signs(p, probes, p.stacked[0] * p.stacked[1]) for p in manifest}
+        self._right = {p.index: self._signs(p, probes, p.stacked[0] * p.stacked[2]) for p in manifest}
+
+    def _signs(self, parameter: Parameter, probes: int, count: int) -> Tensor:
+        signs = torch.randint(0, 2, (probes, count), generator=self._generator, dtype=torch.int8) * 2 - 1
+        return signs if self._only in (None, parameter.name) else signs * 0
+
+    def left(self, parameter: Parameter) -> Tensor:
+        """See `Signs`."""
+        return self._left[parameter.index]
+
+    def right(self, parameter: Parameter) -> Tensor:
+        """See `Signs`."""
+        return self._right[parameter.index]
+
+    def dense(self, parameter: Parameter, probe: int) -> Tensor:
+        """See `Signs`: the outer product of the factors, so that both families can be compared with one reference."""
+        matrices, rows, columns = parameter.stacked
+        left = self._left[parameter.index][probe].view(matrices, rows, 1)
+        if parameter.kind == "vector":
+            return left.view(rows, 1)
+        return (left * self._right[parameter.index][probe].view(matrices, 1, columns)).view(matrices * rows, columns)
+
+
+class Replaced(TorchFunctionMode):
+    """Context in which each parameter is a perturbed copy of itself: the same for all rows, right in any operation."""
+
+    def __init__(self, parameters: Sequence[tuple[Parameter, Tensor]], signs: TrialSigns, probe: int, step: float):
+        super().__init__()
+        self._parameters = {id(tensor): (entry, tensor) for entry, tensor in parameters}
+        self._signs, self._probe, self._step = signs, probe, step
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Perform `func` on perturbed copies."""
+        given = {name: self._copy(value) for name, value in (kwargs or {}).items()}
+        return func(*(self._copy(value) for value in args), **given)
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            return type(value)(self._copy(item) for item in value) if type(value) in (list, tuple) else value
+        found = self._parameters.get(id(value))
+        if found is None:
+            return value
+        entry, tensor = found
+        z = self._signs.dense(entry, self._probe).view(tensor.shape).to(tensor.device, tensor.dtype)
+        return tensor + z * (self._step * 2.0**entry.exponent)
+
+
+@torch.inference_mode()
+def check_coverage(model: Any, manifest: Manifest, family: str = "rank1") -> None:
+    """Refuse a model that the engine cannot perturb wholly.
+
+    Raises:
+        ModelError: names the first parameter that is unused, used in an unknown way, or perturbed wrongly, and the remedy.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    parameters = [(entry, named[entry.name]) for entry in manifest]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    device = next(model.parameters()).device
+    ids = (torch.arange(PROBES * TOKENS, device=device).view(PROBES, TOKENS) * 7 + 3) % vocabulary
+    # Twice: a tensor that the model derives once and keeps would miss the second forward.
+    for _ in range(2):
+        signs = TrialSigns(manifest, PROBES)
+        result, used = _perturbed(model, parameters, signs, family, ids)
+    unused = [entry.name for entry in manifest if entry.name not in used]
+    if unused:
+        raise ModelError(
+            f"the model never uses the parameter {unused[0]}"
+            f"{f' (nor {len(unused) - 1} more)' if len(unused) > 1 else ''} in a forward over text, so it cannot be "
+            f'trained. Keep it frozen: add "{unused[0]}" (or a pattern that covers it) to model.exclude'
+        )
+    if not _agrees(model, parameters, signs, ids, result):
+        raise _culprit(model, manifest, parameters, family, ids)
+
+
+def _perturbed(
+    model: Any, parameters: Sequence[tuple[Parameter, Tensor]], signs: TrialSigns, family: str, ids: Tensor
+) -> tuple[Tensor, set[str]]:
+    dtype = parameters[0][1].dtype
+    perturbation = FAMILIES[family](signs, probes=PROBES, epsilon=TRIAL_EPSILON, dtype=dtype, device=ids.device)
+    both = ids.repeat_interleave(2, dim=0)
+    with PerturbedForward(parameters, perturbation) as mode:
+        logits: Tensor = model(input_ids=both, use_cache=False).logits
+    return logits.float() if dtype == torch.bfloat16 else logits, mode.used
+
+
+def _agrees(
+    model: Any, parameters: Sequence[tuple[Parameter, Tensor]], signs: TrialSigns, ids: Tensor, result: Tensor
+) -> bool:
+    """Compare with weights replaced, relative to how far the perturbation moves the logits."""
+    plain = model(input_ids=ids, use_cache=False).logits.to(result.dtype)
+    difference = effect = 0.0
+    for row in range(2 * PROBES):
+        probe, step = row // 2, TRIAL_EPSILON if row % 2 == 0 else -TRIAL_EPSILON
+        with Replaced(parameters, signs, probe, step):
+            truth = model(input_ids=ids[probe : probe + 1], use_cache=False).logits[0].to(result.dtype)
+        difference += float((result[row] - truth).square().sum())
+        effect += float((truth - plain[probe]).square().sum())
+    tolerance = TOLERANCE[parameters[0][1].dtype]
+    # What rounding alone may do, for parameters that hardly move the logits.
+    floor = float(plain.square().sum()) * 2 * float(torch.finfo(parameters[0][1].dtype).eps) ** 2 * 64
+    return bool(difference <= tolerance**2 * effect + floor)
+
+
+def _culprit(
+    model: Any, manifest: Manifest, parameters: Sequence[tuple[Parameter, Tensor]], family: str, ids: Tensor
+) -> ModelError:
+    """Find the first parameter whose own perturbation comes out wrong."""
+    for entry in manifest:
+        signs = TrialSigns(manifest, PROBES, only=entry.name)
+        result, _ = _perturbed(model, parameters, signs, family, ids)
+        if not _agrees(model, parameters, signs, ids, result):
+            return ModelError(
+                f"the parameter {entry.name} cannot be perturbed: the model uses it in a way the engine does not "
+                f'follow (a trial forward came out wrong). Keep it frozen: add "{entry.name}" to model.exclude'
+            )
+    return ModelError("a trial forward of the perturbed model came out wrong, and no single parameter explains it")

@@ -1,0 +1,283 @@
+"""Measure probes: draw the round's examples, evaluate both sides of every perturbation, encode the bytes.
+
+Samples are measured in micro-batches; the caller's `should_stop` is asked between them, so a contribution ends when its
+time is over. Knows the RunSpec and the node's data, but no clock and no network.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from peerturb.codec import encode, rounding_noise
+from peerturb.ids import RoundNumber, Slot
+from peerturb.manifest import Manifest, Parameter
+from peerturb.rng import SIDE_LEFT, SIDE_RIGHT, stream_of
+from peerturb.spec import RunSpec
+from peerturb.zo.batch import Runner
+from peerturb.zo.coverage import check_coverage
+from peerturb.zo.data import Draw
+from peerturb.zo.directions import Directions, Probes, Span, SpanTable
+from peerturb.zo.objective import Objective, TokenSequence
+from peerturb.zo.perturbation import FAMILIES, Signs
+
+FORWARD_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+"""Tokens in one forward by device type: enough to feed the cores, few enough for activations to stay in cache."""
+
+LOGIT_BYTES_MAX = {"cpu": 2**27, "cuda": 2**30}
+"""Logits of one forward; they are the largest activation of a small model with a large vocabulary."""
+
+SIGN_BYTES_MAX = 2**27
+"""Up to here all factors of a micro-batch are made in one pass, which is several times faster than one by one."""
+
+WINDOW = 4
+"""Micro-batches over which samples are sorted by length when a contribution may be cut short."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Losses of samples 0..n-1 of one contribution."""
+
+    plus: NDArray[np.float64]
+    """L(theta + epsilon z): [n]; NaN or infinite where the model broke down."""
+    minus: NDArray[np.float64]
+    """L(theta - epsilon z): [n]."""
+    tokens: int
+    """Tokens read by the model, padding not counted, both sides counted."""
+
+    @property
+    def loss(self) -> float:
+        """Mean of the finite losses; NaN without any."""
+        both = np.concatenate([self.plus, self.minus])
+        finite = both[np.isfinite(both)]
+        return float(finite.mean()) if finite.size else float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeResult:
+    """What a peer contributes to a round."""
+
+    codes: NDArray[np.int8]
+    """One byte for each sample 0..n-1."""
+    loss: float
+    """Mean training loss over the contribution's examples, both sides."""
+    tokens: int
+
+
+class FactorTable:
+    """Where each parameter's factors lie when all of them are made at once."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        spans, keys = [], []
+        for entry in manifest:
+            matrices, rows, columns = entry.stacked
+            sides = [(SIDE_LEFT, matrices * rows)]
+            if entry.kind != "vector":
+                sides.append((SIDE_RIGHT, matrices * columns))
+            for side, length in sides:
+                spans.append(Span(stream=stream_of(entry.index, side), start=0, stop=length))
+                keys.append((entry.index, side))
+        self.table = SpanTable(spans)
+        self.columns = dict(zip(keys, self.table.columns, strict=True))
+
+
+class FactorSigns:
+    """All factors of a micro-batch's probes, made in one pass (`Signs` for `rank1`)."""
+
+    def __init__(self, factors: FactorTable, probes: Probes, device: torch.device) -> None:
+        self._columns = factors.columns
+        self._signs = factors.table.signs(probes, device)
+
+    def left(self, parameter: Parameter) -> Tensor:
+        """See `Signs`."""
+        return self._signs[:, self._columns[parameter.index, SIDE_LEFT]]
+
+    def right(self, parameter: Parameter) -> Tensor:
+        """See `Signs`."""
+        return self._signs[:, self._columns[parameter.index, SIDE_RIGHT]]
+
+    def dense(self, parameter: Parameter, probe: int) -> Tensor:
+        """Only the `dense` family asks for this, and it does not use this class."""
+        raise NotImplementedError
+
+
+class ProbeEngine:
+    """A model, a node's private sequences and the rules of a run.
+
+    Args:
+        model: as `load_model` returns it; its weights are read, never written.
+        sequences: the node's data, as `Objective.load` returns it.
+        rows_max: most rows in one forward; by default chosen from device, sequence length and vocabulary.
+
+    Raises:
+        ModelError: the engine cannot perturb some parameter; see `peerturb.zo.coverage`.
+        DataError: fewer sequences than one probe needs.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        manifest: Manifest,
+        spec: RunSpec,
+        objective: Objective,
+        sequences: list[TokenSequence],
+        *,
+        rows_max: int | None = None,
+    ) -> None:
+        check_coverage(model, manifest, spec.perturbation.family)
+        self.spec = spec
+        self.manifest = manifest
+        self.sequences = sequences
+        self.runner = Runner(model, manifest, objective)
+        self.rows_max = rows_max
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._factors = FactorTable(manifest)
+        self._draw: tuple[Slot, Draw] | None = None
+        self._draw_for(Slot(0))
+
+    def contribute(
+        self,
+        round_number: RoundNumber,
+        *,
+        slot: Slot,
+        scale: float,
+        count: int | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> ProbeResult:
+        """Measure up to `count` samples (by default the RunSpec's most) and encode their projected gradients.
+
+        At least one micro-batch is measured, whatever `should_stop` says.
+        """
+        measured = self.measure(round_number, slot=slot, count=count, should_stop=should_stop)
+        gradients = self.projected_gradients(measured)
+        rounding = self.spec.perturbation.rounding
+        noise = None
+        if rounding == "stochastic":
+            samples = np.arange(len(gradients), dtype=np.uint64)
+            noise = rounding_noise(run_key=self.spec.run_key, slot=slot, round=round_number, samples=samples)
+        codes = encode(gradients, scale, rounding=rounding, noise=noise)
+        return ProbeResult(codes=codes, loss=measured.loss, tokens=measured.tokens)
+
+    def projected_gradients(self, measured: Measurement) -> NDArray[np.float64]:
+        """Return g = (L+ - L-) / (2 epsilon): [n]; NaN where either loss is not finite."""
+        with np.errstate(invalid="ignore"):
+            gradients: NDArray[np.float64] = (measured.plus - measured.minus) / (2 * self.spec.perturbation.epsilon)
+        return gradients
+
+    def measure(
+        self,
+        round_number: RoundNumber,
+        *,
+        slot: Slot,
+        count: int | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Measurement:
+        """Measure samples 0..count-1, or as many of them as there is time for."""
+        count = self.spec.round.probes_max if count is None else count
+        drawn = self._drawn(round_number, slot, count)
+        plus, minus = np.full(count, np.nan), np.full(count, np.nan)
+        is_done = np.zeros(count, dtype=np.bool_)
+        tokens = 0
+        for samples in self._micro_batches(drawn):
+            if is_done.any() and should_stop():
+                break
+            losses = self._losses(round_number, slot, samples, drawn)
+            plus[samples], minus[samples] = losses[:, 0], losses[:, 1]
+            is_done[samples] = True
+            tokens += 2 * sum(len(sequence.tokens) for sample in samples for sequence in drawn[sample])
+        # Samples of a window are measured by length: keep the ones before the first that is missing.
+        done = count if is_done.all() else int(np.argmin(is_done))
+        return Measurement(plus=plus[:done], minus=minus[:done], tokens=tokens)
+
+    def _losses(
+        self, round_number: RoundNumber, slot: Slot, samples: NDArray[np.int64], drawn: list[list[TokenSequence]]
+    ) -> NDArray[np.float64]:
+        """Return [samples, 2] mean losses. Where memory runs out the micro-batch is halved, for good."""
+        try:
+            return self._forward(round_number, slot, samples, drawn)
+        except (torch.OutOfMemoryError, MemoryError):
+            if len(samples) == 1:
+                raise
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(samples) // 2
+        rows_per_sample = 2 * self.spec.objective.examples_per_probe * self.runner.objective.per_example
+        self.rows_max = max(1, half * rows_per_sample)
+        return np.concatenate(
+            [self._losses(round_number, slot, part, drawn) for part in (samples[:half], samples[half:])]
+        )
+
+    def _forward(
+        self, round_number: RoundNumber, slot: Slot, samples: NDArray[np.int64], drawn: list[list[TokenSequence]]
+    ) -> NDArray[np.float64]:
+        runner = self.runner
+        probes = Probes.of(run_key=self.spec.run_key, round=round_number, slots=slot, samples=samples)
+        perturbation = FAMILIES[self.spec.perturbation.family](
+            self._signs(probes),
+            probes=len(samples),
+            epsilon=self.spec.perturbation.epsilon,
+            dtype=runner.dtype,
+            device=runner.device,
+        )
+        sums = np.zeros((len(samples), 2))
+        per_probe = self.spec.objective.examples_per_probe
+        step = max(1, self._rows_limit(drawn[samples[0]]) // (2 * runner.objective.per_example * len(samples)))
+        for begin in range(0, per_probe, step):  # more than one pass only where one probe's examples fill a forward
+            part = [sequence for sample in samples for sequence in drawn[sample][begin : begin + step]]
+            sums += runner.losses(part, perturbation).sum(2).cpu().numpy()
+        return sums / per_probe
+
+    def _signs(self, probes: Probes) -> Signs:
+        """Return the signs of a micro-batch, made in one pass where they fit."""
+        device = self.runner.device
+        if self.spec.perturbation.family == "rank1" and self._factors.table.width * len(probes) <= SIGN_BYTES_MAX:
+            return FactorSigns(self._factors, probes, device)
+        return Directions(probes, device)
+
+    def _micro_batches(self, drawn: list[list[TokenSequence]]) -> Iterator[NDArray[np.int64]]:
+        """Yield groups of samples, of similar length, such that a group's rows fit one forward."""
+        lengths = np.array([max(len(sequence.tokens) for sequence in sequences) for sequences in drawn])
+        rows_per_sample = 2 * self.spec.objective.examples_per_probe * self.runner.objective.per_example
+        longest = max(drawn[int(lengths.argmax())], key=lambda sequence: len(sequence.tokens))
+        typical = max(1, self._rows_limit([longest]) // rows_per_sample)
+        window = len(drawn) if self.spec.round.budget_ms == 0 else WINDOW * typical
+        for begin in range(0, len(drawn), window):
+            order = begin + np.argsort(-lengths[begin : begin + window], kind="stable")
+            while order.size:
+                size = max(1, self._rows_limit(drawn[order[0]]) // rows_per_sample)
+                pieces = -(-order.size // size)
+                size = -(-order.size // pieces)  # the last group as large as the others
+                yield order[:size]
+                order = order[size:]
+
+    def _rows_limit(self, sequences: list[TokenSequence]) -> int:
+        """Rows of sequences as long as the longest of these that fit one forward."""
+        if self.rows_max is not None:
+            return self.rows_max
+        kind = "cuda" if self.runner.device.type == "cuda" else "cpu"
+        longest = max(len(sequence.tokens) for sequence in sequences)
+        scored = max(len(sequence.tokens) - sequence.start for sequence in sequences) + 1
+        logits = scored * self._vocabulary * 4
+        return max(1, min(FORWARD_TOKENS[kind] // longest, LOGIT_BYTES_MAX[kind] // logits))
+
+    def _drawn(self, round_number: RoundNumber, slot: Slot, count: int) -> list[list[TokenSequence]]:
+        draw = self._draw_for(slot)
+        return [
+            [self.sequences[index] for index in draw.indices(int(round_number), sample)] for sample in range(count)
+        ]
+
+    def _draw_for(self, slot: Slot) -> Draw:
+        if self._draw is None or self._draw[0] != slot:
+            draw = Draw(
+                run_key=self.spec.run_key,
+                slot=slot,
+                total=len(self.sequences),
+                per_probe=self.spec.objective.examples_per_probe,
+                probes_max=self.spec.round.probes_max,
+            )
+            self._draw = (slot, draw)
+        return self._draw[1]
