@@ -14,6 +14,7 @@ from peerturb.zo import directions, philox
 from peerturb.zo.directions import Probes
 
 _HALVES_PER_BLOCK = 8
+_EXPONENT = 0x7F80_0000
 
 
 def subtract(
@@ -57,12 +58,15 @@ def stochastic_bfloat16(values: Tensor, noise: Tensor) -> Tensor:
     """Round f32 values to bf16: add 16 bits of noise to the bit pattern, keep the upper half.
 
     Args:
-        values: f32[n].
+        values: f32[n]; overwritten.
         noise: int32[n], 0..65535. Not added to infinities, which it would turn into NaN.
     """
     bits = values.view(torch.int32)
-    is_finite = (bits & 0x7F80_0000) != 0x7F80_0000
-    return ((bits + noise * is_finite) >> 16).to(torch.int16).view(torch.bfloat16)
+    least, most = torch.aminmax(values)
+    if not torch.isfinite(least) or not torch.isfinite(most):
+        noise = noise.masked_fill((bits & _EXPONENT) == _EXPONENT, 0)
+    # Little endian: the upper half of each word is every second half.
+    return bits.add_(noise).view(torch.bfloat16)[1::2]
 
 
 def rounding_noise(
@@ -76,9 +80,9 @@ def rounding_noise(
     streams = np.full(len(blocks), rng.stream_of(tensor, SIDE_ROUNDING), np.uint64)
     probes = Probes.of(run_key=run_key, round=round, slots=ROUNDING_SLOT, samples=chunk)
     words = _words_on_cpu(blocks, streams, probes) if device.type == "cpu" else _words(blocks, streams, probes, device)
-    halves = words.view(torch.int16).reshape(-1)
+    halves = words.view(torch.uint16).reshape(-1)
     skip = start % _HALVES_PER_BLOCK
-    return halves[skip : skip + stop - start].to(torch.int32) & 0xFFFF
+    return halves[skip : skip + stop - start].to(torch.int32)
 
 
 def _words(blocks: U64, streams: U64, probes: Probes, device: torch.device) -> Tensor:
