@@ -1,8 +1,8 @@
 """A peer's half of the protocol: follows the log, measures the open round, keeps connected.
 
-Pure, like `CoordinatorMachine`: time comes in as `now_ms`, work and messages go out as outputs, and what it knows of the
-log changes only in `apply`. It knows nothing of tensors; the shell does the work and answers with `completed`. Use it
-through `peerturb.protocol.driver.drive`.
+Pure, like `CoordinatorMachine`: time comes in as `now_ms`, work and messages go out as outputs, and what it knows of
+the log changes only in `apply`. It knows nothing of tensors; the shell does the work and answers with `completed`. Use
+it through `peerturb.protocol.driver.drive`.
 """
 
 from collections import deque
@@ -366,12 +366,13 @@ class PeerMachine:
             text = f"the coordinator sent an illegal log: record {self.ledger.position} ({type(record).__name__}) {why}"
             return self._stop(RejectCode.LOG_DIVERGED, text)
         outputs: list[PeerOutput] = []
-        is_ours = isinstance(record, RoundSealed) and record.round == self._measuring and not self._is_cancelled
-        if is_ours and self._may_cancel:
+        is_too_late = isinstance(record, RoundSealed) and self._measuring is not None and not self._is_cancelled
+        if is_too_late and self._may_cancel:
             # Never twice in a row, and never before this session's first contribution: a contribution that comes late
             # shows the coordinator that we keep up and how long we take; without it a slow peer would never be awaited.
             self._is_cancelled, self._may_cancel = True, False
-            outputs.append(CancelMeasure(round=record.round))
+            assert self._measuring is not None
+            outputs.append(CancelMeasure(round=self._measuring))
         outputs.append(Append(record=record))
         return outputs
 
