@@ -32,8 +32,8 @@ def tensor_digest(weight: Tensor) -> int:
 def run_digest(manifest: Manifest, weights: Sequence[Tensor]) -> bytes:
     """Return the SHA-256 over name, shape, dtype and digest of every tensor in manifest order, 32 bytes.
 
-    Each tensor contributes, little endian: u32 length of the name and its UTF-8 bytes; u32 number of extents and each as
-    u64; u32 length of the dtype's name and its ASCII bytes; u64 tensor digest.
+    Each tensor contributes, little endian: u32 length of the name and its UTF-8 bytes; u32 number of extents and each
+    as u64; u32 length of the dtype's name and its ASCII bytes; u64 tensor digest.
 
     Raises:
         ModelError: the tensors do not fit the manifest.
@@ -56,7 +56,7 @@ def short_digest(digest: bytes) -> int:
 
 
 def _digest_sum(weight: Tensor) -> Tensor:
-    """Return the digest as a signed int64 scalar on the weight's device, so that devices are asked only once a model."""
+    """Return the digest as a signed int64 scalar on the weight's device, so that it is asked only once a model."""
     words = weight.detach().reshape(-1).view(_WORDS[weight.dtype])
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     tile = _TILE_ELEMENTS["cpu" if weight.device.type == "cpu" else "cuda"]
