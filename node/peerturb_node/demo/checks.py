@@ -1,0 +1,26 @@
+"""Compares two models file by file. It knows files, no tensors: equal means every byte."""
+
+from pathlib import Path
+
+_CHUNK_BYTES = 1 << 20
+
+
+def are_same_weights(first: Path, second: Path) -> bool:
+    """Return whether two Hugging Face folders hold the same weight files, byte for byte; no weights at all is no."""
+    names = {path.name for path in first.glob("*.safetensors")}
+    return (
+        bool(names)
+        and names == {path.name for path in second.glob("*.safetensors")}
+        and all(are_same_bytes(first / name, second / name) for name in sorted(names))
+    )
+
+
+def are_same_bytes(first: Path, second: Path) -> bool:
+    """Return whether two files hold the same bytes."""
+    if first.stat().st_size != second.stat().st_size:
+        return False
+    with first.open("rb") as left, second.open("rb") as right:
+        while chunk := left.read(_CHUNK_BYTES):
+            if chunk != right.read(_CHUNK_BYTES):
+                return False
+    return True
