@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from peerturb.errors import DataError
-from peerturb_node.demo import task
+from peerturb.spec import RunSpec
+from peerturb_node.demo import BASE_MODEL_FOLDER, RUN_FILE, task
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,16 @@ def test_parts_have_the_sizes_asked_for_and_both_labels_equally_often(parts: tas
 def test_an_odd_size_gives_the_odd_example_to_doc() -> None:
     parts = task.make_task(nodes=1, train_examples=5, heldout_examples=3)
     assert [sum(e.label == "doc" for e in part) for part in everything(parts)] == [2, 3]
+
+
+@pytest.mark.parametrize("nodes", [5, 9, 16])
+def test_many_nodes_share_the_text_in_smaller_parts(nodes: int) -> None:
+    parts = task.make_task(nodes=nodes, seed=1)
+    sizes = {len(part) for part in parts.train}
+    assert len(parts.train) == nodes
+    assert len(parts.heldout) == 300
+    assert len(sizes) == 1
+    assert sizes.pop() >= 800 // nodes
 
 
 def test_no_source_and_no_text_is_in_two_parts(parts: task.TaskParts) -> None:
@@ -124,18 +135,37 @@ def test_files_of_the_task_are_not_those_of_the_pretraining() -> None:
     assert "pydoc_data/topics.py" not in dict(task.standard_library_files())
 
 
-def test_the_committed_base_model_fits_its_limit_and_its_tokenizer_the_label_words() -> None:
-    transformers = pytest.importorskip("transformers")
-    from peerturb.spec import RunSpec
-    from peerturb_node.demo import BASE_MODEL_FOLDER, RUN_FILE
+def test_the_run_file_names_the_committed_base_model() -> None:
+    pytest.importorskip("torch")
+    from peerturb.zo.digest import run_digest
+    from peerturb.zo.model import build_manifest, load_model
 
-    assert (BASE_MODEL_FOLDER / "model.safetensors").stat().st_size <= 4 * 2**20
     spec = RunSpec.from_toml(RUN_FILE)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE_MODEL_FOLDER)
-    words = [tokenizer(word)["input_ids"] for word in spec.objective.labels.values()]
-    assert set(spec.objective.labels) == {"doc", "code"}
-    assert all(len(ids) == 1 for ids in words)
-    assert words[0] != words[1]
+    model, _ = load_model(BASE_MODEL_FOLDER, spec.model.dtype)
+    manifest = build_manifest(model, spec.model)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    assert run_digest(manifest, [named[entry.name].data for entry in manifest]).hex() == spec.model.digest
+    assert (BASE_MODEL_FOLDER / "model.safetensors").stat().st_size <= 4_000_000
+
+
+def test_the_base_model_reads_every_piece_and_cannot_do_the_task_yet(parts: task.TaskParts, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from peerturb.zo.batch import Runner
+    from peerturb.zo.model import build_manifest, load_model
+    from peerturb.zo.objective import Objective
+
+    spec = RunSpec.from_toml(RUN_FILE)
+    model, tokenizer = load_model(BASE_MODEL_FOLDER, spec.model.dtype)
+    objective = Objective(spec.objective, tokenizer)
+    assert set(objective.label_values) == {"doc", "code"}
+    assert objective.is_single_token
+    sequences = objective.load(task.write_task(tmp_path, seed=3).heldout)
+    assert len(sequences) == len(parts.heldout)
+    runner = Runner(model, build_manifest(model, spec.model), objective)
+    rows = objective.rows(sequences)
+    answers = objective.scores(runner.logits(rows), rows).argmax(1)
+    right = (answers == rows.answers).double().mean().item()
+    assert 0.4 <= right <= 0.6
 
 
 def test_pretraining_writes_a_model_that_loads_and_equal_seeds_give_equal_weights(

@@ -128,7 +128,7 @@ def pretrain(out: Path, *, steps: int, seed: int, threads: int, progress: Progre
     _fit(model, windows[:-HELDOUT_WINDOWS], steps=steps, seed=seed, progress=progress)
     with torch.inference_mode():
         heldout = float(_loss(model.eval(), windows[-HELDOUT_WINDOWS:]))
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
@@ -208,7 +208,7 @@ def _fit(model: Any, windows: "Tensor", *, steps: int, seed: int, progress: Prog
     model.train()
     for batch in _batches(windows, steps, torch.Generator().manual_seed(seed)):
         loss = _loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

@@ -31,6 +31,12 @@ PIECE_CHARS_MIN = 80
 PIECE_CHARS_MAX = 150
 """A piece's length is drawn evenly between the two, then cut back to the end of a word."""
 
+TRAIN_EXAMPLES = 400
+"""Examples in a node's part, half of each label, where there is enough text."""
+
+DEALT_SHARE = 0.55
+"""Most of the scarcer label's pieces that a default size may ask for: whole topics cannot be dealt out evenly."""
+
 _ASCII = str.maketrans(
     {
         "\u2018": "'",
@@ -78,14 +84,15 @@ class TaskFiles:
 
 
 def write_task(
-    folder: Path, *, nodes: int = 4, train_examples: int = 400, heldout_examples: int = 300, seed: int = 0
+    folder: Path, *, nodes: int = 4, train_examples: int | None = None, heldout_examples: int = 300, seed: int = 0
 ) -> TaskFiles:
     """Write `train-0.jsonl` ... and `heldout.jsonl` (fields `text`, `label`) into `folder`, made if missing.
 
     Args:
         folder: where the files go; files of the same names are replaced.
         nodes: number of private training parts.
-        train_examples: examples in each, half of each label.
+        train_examples: examples in each, half of each label; by default `TRAIN_EXAMPLES`, fewer where many nodes share
+            the text.
         heldout_examples: examples in the held-out part, half of each label.
         seed: equal seeds on the same Python give equal files.
 
@@ -106,17 +113,25 @@ def write_task(
     return files
 
 
-def make_task(*, nodes: int = 4, train_examples: int = 400, heldout_examples: int = 300, seed: int = 0) -> TaskParts:
+def make_task(
+    *, nodes: int = 4, train_examples: int | None = None, heldout_examples: int = 300, seed: int = 0
+) -> TaskParts:
     """Return the parts that `write_task` writes; see there."""
-    if nodes < 1 or train_examples < 2 or heldout_examples < 2:
+    if nodes < 1 or (train_examples is not None and train_examples < 2) or heldout_examples < 2:
         raise DataError(
             "the demo's task needs at least one node and two examples in each part, "
             f"not nodes={nodes}, train_examples={train_examples}, heldout_examples={heldout_examples}"
         )
     rng = random.Random(seed)
+    doc_pieces = _pieces_by_source(documentation_streams(), rng)
+    code_pieces = _pieces_by_source(code_streams(), rng)
+    if train_examples is None:
+        scarcer = min(sum(map(len, pieces.values())) for pieces in (doc_pieces, code_pieces))
+        fair = (int(DEALT_SHARE * scarcer) - heldout_examples // 2) // nodes
+        train_examples = 2 * max(1, min(TRAIN_EXAMPLES // 2, fair))
     needs = [heldout_examples, *([train_examples] * nodes)]
-    doc = _deal(_pieces_by_source(documentation_streams(), rng), [(n + 1) // 2 for n in needs], "doc", rng)
-    code = _deal(_pieces_by_source(code_streams(), rng), [n // 2 for n in needs], "code", rng)
+    doc = _deal(doc_pieces, [(n + 1) // 2 for n in needs], "doc", rng)
+    code = _deal(code_pieces, [n // 2 for n in needs], "code", rng)
     parts = []
     for half, other in zip(doc, code, strict=True):
         part = [*half, *other]
