@@ -1,7 +1,7 @@
 """Prove, before a run starts, that the engine perturbs every trainable parameter of a model, completely and rightly.
 
-A tiny forward with perturbed rows is compared with forwards whose parameters are replaced by perturbed copies, operation
-by operation, in whatever operation they appear: slow, but right for any model. A parameter the two treat differently,
+A tiny forward with perturbed rows is compared with forwards whose parameters are replaced by perturbed copies wherever
+they appear: slow, but right for any model. A parameter the two treat differently,
 or that the model never uses, is refused by name.
 """
 
@@ -93,7 +93,7 @@ def check_coverage(model: Any, manifest: Manifest, family: str = "rank1") -> Non
     """Refuse a model that the engine cannot perturb wholly.
 
     Raises:
-        ModelError: names the first parameter that is unused, used in an unknown way, or perturbed wrongly, and the remedy.
+        ModelError: names the first parameter that is unused, used in an unknown way or perturbed wrongly; and the remedy.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     parameters = [(entry, named[entry.name]) for entry in manifest]

@@ -131,7 +131,9 @@ def template_fields(template: str) -> list[str]:
         if field is None:
             continue
         if not field or form or conversion or any(mark in field for mark in ".[]"):
-            raise DataError(f"the template {template!r} is wrong: only plain names such as {{text}} may stand in braces")
+            raise DataError(
+                f"the template {template!r} is wrong: only plain names such as {{text}} may stand in braces"
+            )
         fields.append(field)
     return fields
 
@@ -202,9 +204,7 @@ class Draw:
 
     def __init__(self, *, run_key: int, slot: int, total: int, per_probe: int, probes_max: int) -> None:
         if total < per_probe:
-            raise DataError(
-                f"the data has {total} sequences, a probe needs {per_probe} (objective.examples_per_probe)"
-            )
+            raise DataError(f"the data has {total} sequences, a probe needs {per_probe} (objective.examples_per_probe)")
         self._key = run_key | slot << 32
         self._total = total
         self._per_probe = per_probe

@@ -67,7 +67,8 @@ def prepare(model: PreTrainedModel, dtype: DType, *, device: str | torch.device 
             parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
     model.config.dtype = TORCH_DTYPES[dtype]
     model.config.use_cache = False
-    return model.to(device)  # type: ignore[arg-type]
+    placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return placed
 
 
 def build_manifest(model: torch.nn.Module, spec: ModelSpec) -> Manifest:
@@ -95,7 +96,11 @@ def build_manifest(model: torch.nn.Module, spec: ModelSpec) -> Manifest:
 
 
 def trainable_weights(model: torch.nn.Module, manifest: Manifest) -> dict[str, Tensor]:
-    """Return the model's own tensors by manifest name (not copies)."""
+    """Return the model's own tensors (not copies) by name, in manifest order: the order updates and digests want.
+
+    Raises:
+        ModelError: the model lacks one.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     missing = [entry.name for entry in manifest if entry.name not in named]
     if missing:
@@ -106,7 +111,7 @@ def trainable_weights(model: torch.nn.Module, manifest: Manifest) -> dict[str, T
 def base_digest(model: torch.nn.Module, dtype: DType) -> str:
     """Return the fingerprint of all parameters in `dtype`, frozen ones included: RunSpec `model.digest`, hexadecimal."""
     manifest = build_manifest(model, ModelSpec(name="all", digest="0" * 64, dtype=dtype))
-    return run_digest(manifest, list(trainable_weights(model, manifest).values())).hex()
+    return run_digest(manifest, trainable_weights(model, manifest))
 
 
 def positions_max(model: PreTrainedModel) -> int | None:
@@ -144,11 +149,13 @@ def _check_config(source: str, options: dict[str, Any]) -> None:
 
 def _read_weights(source: str, dtype: DType, options: dict[str, Any]) -> PreTrainedModel:
     try:
-        model, notes = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=TORCH_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
         )
     except Exception as error:  # as above
         raise ModelError(f"cannot load the model {source}: {_first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    notes: dict[str, Any] = loaded[1]
     missing = sorted(notes.get("missing_keys") or ())
     if missing:
         raise ModelError(
@@ -157,8 +164,7 @@ def _read_weights(source: str, dtype: DType, options: dict[str, Any]) -> PreTrai
     broken = sorted(str(key) for key in notes.get("mismatched_keys") or ())
     if broken:
         raise ModelError(f"the weights of {source} do not fit its configuration: {broken[0]}")
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _read_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:

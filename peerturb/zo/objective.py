@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -126,7 +126,9 @@ class Objective:
         chosen = _log_probabilities(logits, rows.targets).masked_fill(~rows.is_scored, 0.0)
         return chosen.sum(1).view(-1, self.per_example)
 
-    # ---- tokens
+    def prompt_tokens(self, prompt: str) -> list[int]:
+        """Return a prompt's tokens, beginning included."""
+        return self._ids([prompt], is_start=True)[0]
 
     def _ids(self, texts: list[str], *, is_start: bool) -> list[list[int]]:
         """Tokenise; `is_start` adds what the tokenizer puts before a text, never what it puts after one."""
@@ -154,18 +156,12 @@ class Objective:
         return max(0, len(full) - len(plain) - len(self._head()))
 
     def _pieces(self, text: str) -> list[TokenSequence]:
-        """Cut a text into pieces of `tokens_max`, each with the tokenizer's beginning."""
-        head = self._head()
-        body = np.concatenate(
-            [np.asarray(ids, dtype=np.int32) for ids in self._ids(_blocks(text), is_start=False)] or [_array([])]
-        )
-        step = max(1, self.spec.tokens_max - len(head))
-        pieces = []
-        for begin in range(0, len(body), step):
-            tokens = np.concatenate([_array(head), body[begin : begin + step]])
-            if len(tokens) >= 2:
-                pieces.append(TokenSequence(tokens=tokens, start=1))
-        return pieces
+        """Cut a text into pieces of `tokens_max`; only the first has the tokenizer's beginning, as in the text."""
+        blocks = self._ids(_blocks(text), is_start=False)
+        tokens = np.concatenate([_array(ids) for ids in (self._head(), *blocks)])
+        step = self.spec.tokens_max
+        pieces = [tokens[begin : begin + step] for begin in range(0, len(tokens), step)]
+        return [TokenSequence(tokens=piece, start=1) for piece in pieces if len(piece) >= 2]
 
     def _completions(self, examples: Sequence[Example], source: str) -> list[TokenSequence]:
         prompts = self._ids([example.prompt for example in examples], is_start=True)

@@ -2,7 +2,7 @@
 
 A micro-batch holds `probes` probes; its rows lie probe by probe, in each probe first the rows measured at +epsilon,
 then the same rows at -epsilon. So every activation, whatever its shape, is a (probes, 2, rest) array, and a
-perturbation is added to it without ever forming perturbed weights. Knows nothing of models or of how the signs are made.
+perturbation is added to it without ever forming perturbed weights. Knows nothing of models or of how signs are made.
 """
 
 from collections.abc import Callable

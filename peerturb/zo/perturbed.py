@@ -7,32 +7,16 @@ unperturbed in silence; `peerturb.zo.coverage` checks besides, before training, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from peerturb.errors import ModelError
 from peerturb.manifest import Parameter
+from peerturb.zo.operations import HANDLERS, Tracked
 from peerturb.zo.perturbation import Perturbation
-
-Handler = Callable[["PerturbedForward", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-
-
-@dataclass(slots=True, kw_only=True)
-class Tracked:
-    """A trainable parameter, or a tensor the model derived from one in a way the engine can follow."""
-
-    parameter: Parameter
-    tensor: Tensor
-    """Kept so that its `id` stays its own."""
-    is_transposed: bool = False
-    """A matrix seen through `.t()`."""
-    rows: Tensor | None = None
-    """For a derived vector: its perturbed value for every row, [probes, 2, 1, elements]."""
 
 
 class PerturbedForward(TorchFunctionMode):
@@ -108,7 +92,9 @@ class PerturbedForward(TorchFunctionMode):
             self.used.add(found.parameter.name)
         return found
 
-    def derive(self, source: Tracked, tensor: Tensor, *, rows: Tensor | None = None, transposed: bool = False) -> Tensor:
+    def derive(
+        self, source: Tracked, tensor: Tensor, *, rows: Tensor | None = None, transposed: bool = False
+    ) -> Tensor:
         """Track `tensor`, computed from `source`."""
         if tensor is not source.tensor:
             self._tracked[id(tensor)] = Tracked(
@@ -164,249 +150,3 @@ def _holds_tensor(result: Any, source: Tensor) -> bool:
     if isinstance(result, (list, tuple)) and not isinstance(result, torch.Size):
         return any(_holds_tensor(item, source) for item in result)
     return isinstance(result, Tensor) and result is not source
-
-
-def _linear(
-    mode: PerturbedForward, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    x, weight, bias = _signature(args, kwargs, "input", "weight", "bias")
-    if weight is mode.head and mode.positions is not None:
-        x = mode.keep(x, mode.positions)
-    stray = mode.find((x,), {})
-    if stray is not None:
-        mode.refuse(stray, "multiplies it by another matrix before its use")
-    tracked_weight, tracked_bias = mode.track(weight), mode.track(bias)
-    y = F.linear(x, weight, bias)
-    return _correct(mode, x, y, tracked_weight, tracked_bias, is_transposed=False)
-
-
-def _addmm(
-    mode: PerturbedForward, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    found = mode.find(args, kwargs)
-    if found is None:
-        return func(*args, **kwargs)
-    if len(args) != 3 or kwargs:
-        mode.refuse(found, "uses it in `addmm` with scale factors")
-    bias, x, weight = args
-    stray = mode.find((x,), {})
-    if stray is not None:
-        mode.refuse(stray, "uses it as the left matrix of `addmm`")
-    tracked_weight, tracked_bias = mode.track(weight), mode.track(bias)
-    return _correct(mode, x, func(*args), tracked_weight, tracked_bias, is_transposed=True)
-
-
-def _matmul(
-    mode: PerturbedForward, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    found = mode.find(args, kwargs)
-    if found is None:
-        return func(*args, **kwargs)
-    x, weight = args if len(args) == 2 else (None, None)
-    tracked = mode.track(weight)
-    if not isinstance(x, Tensor) or tracked is None or mode.find((x,), {}) is not None:
-        mode.refuse(found, "uses it as the left operand of a product")
-    if weight is mode.head and mode.positions is not None:
-        x = mode.keep(x, mode.positions)
-    return _correct(mode, x, func(x, weight), tracked, None, is_transposed=True)
-
-
-def _correct(
-    mode: PerturbedForward,
-    x: Tensor,
-    y: Tensor,
-    weight: Tracked | None,
-    bias: Tracked | None,
-    *,
-    is_transposed: bool,
-) -> Tensor:
-    """Add the rows' perturbations to y = x W (+ bias); `is_transposed`: the operation takes W as [in, out]."""
-    if weight is not None:
-        if weight.parameter.kind != "matrix" or weight.rows is not None or weight.tensor.dim() != 2:
-            mode.refuse(weight, "multiplies by it as a matrix, which it is not")
-        columns, rows = x.shape[-1], y.shape[-1]
-        grouped_x = mode.grouped(weight, x, columns).view(mode.probes, -1, columns)
-        y = y if y.is_contiguous() else y.contiguous()
-        mode.grouped(weight, y, rows)
-        mode.perturbation.add_linear(
-            weight.parameter,
-            grouped_x,
-            y.view(mode.probes, -1, rows),
-            transposed=is_transposed != weight.is_transposed,
-        )
-    if bias is not None:
-        if bias.rows is not None or bias.parameter.kind != "vector":
-            mode.refuse(bias, "adds a tensor computed from it")
-        mode.grouped(bias, y, y.shape[-1]).add_(mode.perturbation.vector(bias.parameter))
-    return y
-
-
-def _embedding(
-    mode: PerturbedForward, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    found = mode.find(args, kwargs)
-    if found is None:
-        return func(*args, **kwargs)
-    ids, weight = _signature(args, kwargs, "input", "weight")[:2]
-    tracked = mode.track(weight)
-    if tracked is None or tracked.is_transposed or tracked.rows is not None or tracked.tensor.dim() != 2:
-        mode.refuse(found, "looks up rows of a tensor computed from it")
-    settings = dict(zip(("padding_idx", "max_norm"), args[2:4], strict=False)) | kwargs
-    if settings.get("max_norm") is not None:
-        mode.refuse(tracked, "renormalises it while it looks up its rows (max_norm)")
-    rows = 2 * mode.probes
-    if ids.dim() >= 2 and ids.shape[0] == 1:
-        ids = ids.expand(rows, *ids.shape[1:])  # position numbers shared by all rows
-    y = F.embedding(ids, weight)
-    width = y.shape[-1]
-    mode.grouped(tracked, ids, 1)
-    flat = ids.reshape(mode.probes, -1)
-    mode.perturbation.add_embedding(tracked.parameter, flat, y.view(mode.probes, -1, width))
-    return y
-
-
-def _layer_norm(
-    mode: PerturbedForward, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    x, shape, weight, bias, eps = _signature(args, kwargs, "input", "normalized_shape", "weight", "bias", "eps")
-    eps = 1e-5 if eps is None else eps
-    scale, shift = mode.track(weight), mode.track(bias)
-    if scale is None and shift is None:
-        return func(x, shape, weight, bias, eps)
-    first = scale or shift
-    if first is not None and len(shape) != 1:
-        mode.refuse(first, "normalises over more than one dimension with it")
-    plain = F.layer_norm(x, shape, None, None, eps)
-    return _affine(mode, plain, weight, scale, bias, shift)
-
-
-def _rms_norm(
-    mode: PerturbedForward, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    x, shape, weight, eps = _signature(args, kwargs, "input", "normalized_shape", "weight", "eps")
-    scale = mode.track(weight)
-    if scale is None:
-        return func(*args, **kwargs)
-    if len(shape) != 1:
-        mode.refuse(scale, "normalises over more than one dimension with it")
-    return _affine(mode, F.rms_norm(x, shape, None, eps), weight, scale, None, None)
-
-
-def _affine(
-    mode: PerturbedForward, x: Tensor, weight: Any, scale: Tracked | None, bias: Any, shift: Tracked | None
-) -> Tensor:
-    """x * weight + bias over the last dimension, either of them tracked, plain or None."""
-    y = x
-    if scale is not None:
-        y = _scaled(mode, scale, x)
-    elif weight is not None:
-        y = x * weight
-    if shift is not None:
-        y = (mode.grouped(shift, y, y.shape[-1]) + mode.vector(shift)).view(y.shape)
-    elif bias is not None:
-        y = y + bias
-    return y
-
-
-def _scaled(mode: PerturbedForward, found: Tracked, x: Tensor) -> Tensor:
-    """x times a tracked vector."""
-    last = found.parameter.elements
-    grouped = mode.grouped(found, x, last)
-    if x.dtype != torch.bfloat16 or found.rows is not None:
-        return (grouped * mode.vector(found)).view(x.shape)
-    # 1 +- epsilon would round back to 1 in bfloat16: add the two products instead.
-    if found.parameter.kind != "vector":
-        mode.refuse(found, "takes the matrix as a whole, element by element")
-    y = grouped * found.tensor.reshape(-1)
-    return y.addcmul_(grouped, mode.perturbation.vector(found.parameter)).view(x.shape)
-
-
-def _elementwise(
-    mode: PerturbedForward, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Products and sums with a tracked vector (RMSNorm's scale, a bias added apart)."""
-    found = mode.find(args, kwargs)
-    if found is None:
-        return func(*args, **kwargs)
-    mode.track(found.tensor)
-    if len(args) != 2 or kwargs:
-        mode.refuse(found, f"uses it in `{func.__name__}` with further arguments")
-    other = args[1] if args[0] is found.tensor else args[0]
-    if not isinstance(other, Tensor) or (other.numel() == 1 and mode.find((other,), {}) is None):
-        rows = func(*(mode.vector(found) if value is found.tensor else value for value in args))
-        return mode.derive(found, func(*args), rows=rows)
-    last = found.parameter.elements
-    if mode.find((other,), {}) is not None or found.tensor.dim() > 1 or (last > 1 and other.shape[-1] != last):
-        mode.refuse(found, f"uses it in `{func.__name__}` with another parameter or along an inner dimension")
-    if func in PRODUCTS:
-        return _scaled(mode, found, other)
-    rows = mode.vector(found)
-    grouped = mode.grouped(found, other, last)
-    return func(*(rows if value is found.tensor else grouped for value in args)).view(other.shape)
-
-
-def _cast(
-    mode: PerturbedForward, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """A change of dtype or device: harmless if it changes nothing, followed for vectors."""
-    result = func(*args, **kwargs)
-    found = mode.find(args, kwargs)
-    if found is None or result is found.tensor:
-        return result
-    if args[0] is not found.tensor:
-        return result  # `x.to(weight)` only asks for the dtype
-    mode.track(found.tensor)
-    if found.parameter.kind != "vector":
-        mode.refuse(found, "converts it to another dtype or device")
-    rows = func(mode.vector(found), *args[1:], **kwargs)
-    return mode.derive(found, result, rows=rows)
-
-
-def _transpose(
-    mode: PerturbedForward, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    result = func(*args, **kwargs)
-    found = mode.find(args, kwargs)
-    if found is None:
-        return result
-    if found.tensor.dim() != 2 or found.parameter.kind != "matrix":
-        mode.refuse(found, "transposes it")
-    swapped = result.shape == found.tensor.shape[::-1] and result.stride() == found.tensor.stride()[::-1]
-    return mode.derive(found, result, transposed=found.is_transposed != swapped)
-
-
-def _signature(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
-    """Arguments by position or name; None where not given."""
-    values = [*args[: len(names)], *(None for _ in names[len(args) :])]
-    for index, name in enumerate(names):
-        if name in kwargs:
-            values[index] = kwargs[name]
-    return values
-
-
-PRODUCTS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
-SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
-
-HANDLERS: dict[Callable[..., Any], Handler] = {
-    F.linear: _linear,
-    F.embedding: _embedding,
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    torch.addmm: _addmm,
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.mm: _matmul,
-    Tensor.__matmul__: _matmul,
-    Tensor.to: _cast,
-    Tensor.float: _cast,
-    Tensor.type_as: _cast,
-    Tensor.t: _transpose,
-    Tensor.transpose: _transpose,
-    torch.t: _transpose,
-    torch.transpose: _transpose,
-    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
-    **dict.fromkeys(PRODUCTS | SUMS, _elementwise),
-}
-"""What the engine can follow, by torch function."""

@@ -266,9 +266,7 @@ class ProbeEngine:
 
     def _drawn(self, round_number: RoundNumber, slot: Slot, count: int) -> list[list[TokenSequence]]:
         draw = self._draw_for(slot)
-        return [
-            [self.sequences[index] for index in draw.indices(int(round_number), sample)] for sample in range(count)
-        ]
+        return [[self.sequences[index] for index in draw.indices(int(round_number), sample)] for sample in range(count)]
 
     def _draw_for(self, slot: Slot) -> Draw:
         if self._draw is None or self._draw[0] != slot:
