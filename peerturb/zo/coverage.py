@@ -93,7 +93,7 @@ def check_coverage(model: Any, manifest: Manifest, family: str = "rank1") -> Non
     """Refuse a model that the engine cannot perturb wholly.
 
     Raises:
-        ModelError: names the first parameter that is unused, used in an unknown way or perturbed wrongly; and the remedy.
+        ModelError: names the first parameter that is unused, used in an unknown way or perturbed wrongly.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     parameters = [(entry, named[entry.name]) for entry in manifest]

@@ -109,9 +109,9 @@ def trainable_weights(model: torch.nn.Module, manifest: Manifest) -> dict[str, T
 
 
 def base_digest(model: torch.nn.Module, dtype: DType) -> str:
-    """Return the fingerprint of all parameters in `dtype`, frozen ones included: RunSpec `model.digest`, hexadecimal."""
+    """Return RunSpec `model.digest`: the fingerprint of all parameters, frozen ones included, hexadecimal."""
     manifest = build_manifest(model, ModelSpec(name="all", digest="0" * 64, dtype=dtype))
-    return run_digest(manifest, trainable_weights(model, manifest))
+    return run_digest(manifest, list(trainable_weights(model, manifest).values())).hex()
 
 
 def positions_max(model: PreTrainedModel) -> int | None:
