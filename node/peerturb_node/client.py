@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -16,7 +17,10 @@ from peerturb.errors import PeerturbError, RefusedError, RejectCode, Unreachable
 from peerturb.spec import PROTOCOL_VERSION, RunSpec
 from peerturb.wire.channel import Security, open_channel, security_for, token_metadata
 from peerturb.wire.v1 import coordinator_pb2 as pb
-from peerturb.wire.v1.coordinator_pb2_grpc import CoordinatorAsyncStub, CoordinatorStub
+from peerturb.wire.v1.coordinator_pb2_grpc import CoordinatorStub
+
+if TYPE_CHECKING:
+    from peerturb.wire.v1.coordinator_pb2_grpc import CoordinatorAsyncStub
 
 _CALL_TIMEOUT_S = 10.0
 _RANGE_TIMEOUT_S = 60.0
@@ -120,9 +124,9 @@ async def record_batches(address: Address, *, first: int = 0) -> AsyncIterator[l
                 return
 
 
-def stub_of(channel: grpc.aio.Channel) -> CoordinatorAsyncStub:
+def stub_of(channel: grpc.aio.Channel) -> "CoordinatorAsyncStub":
     """Return the typed stub of an asynchronous channel."""
-    stub: CoordinatorAsyncStub = CoordinatorStub(channel)
+    stub: "CoordinatorAsyncStub" = CoordinatorStub(channel)
     return stub
 
 

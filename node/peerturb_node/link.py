@@ -1,4 +1,4 @@
-"""One session's stream: opens it, writes in order, reads into an inbox, counts bytes. No rules of the protocol live here.
+"""One session's stream: opens it, writes in order, reads into an inbox, counts bytes. It holds no rules.
 
 Bytes counted are those of gRPC messages with their 5-byte prefix; HTTP/2 frames come on top (about 9 bytes each).
 """
@@ -12,10 +12,13 @@ import grpc
 import grpc.aio
 
 from peerturb.errors import PeerturbError
-from peerturb.protocol.messages import FromPeer, ToPeer
+from peerturb.ids import Position
+from peerturb.protocol.messages import FromPeer, Records, ToPeer
+from peerturb.wire import WireError
 from peerturb.wire.channel import open_channel
+from peerturb.wire.messages import encode_from_peer, parse_to_peer
+from peerturb.wire.records import RecordDecoder
 from peerturb_node.client import Address, explain
-from peerturb_node.codecs import decode_to_peer, encode_from_peer
 
 _METHOD = "/peerturb.wire.v1.Coordinator/Session"
 _PREFIX_BYTES = 5
@@ -68,7 +71,14 @@ class Link:
         self._traffic = traffic
         self._deliver = deliver
         self._outbox: asyncio.Queue[FromPeer | None] = asyncio.Queue()
+        self._next = Position(0)
+        self._decoder = RecordDecoder()
         self._task = asyncio.create_task(self._run(), name="link")
+
+    def expect(self, position: Position, *, sealed_rounds: int) -> None:
+        """Set what the first record of the feed will be: our Hello asks for it."""
+        self._next = position
+        self._decoder = RecordDecoder(sealed_rounds=sealed_rounds)
 
     def say(self, message: FromPeer) -> None:
         """Queue a message; it is sent when the stream stands and lost if the stream ends before."""
@@ -94,40 +104,33 @@ class Link:
         except grpc.aio.AioRpcError as failure:
             error = explain(failure, self._address)
             why = str(error)
+        except WireError as failure:
+            why = f"the coordinator sent what we do not understand: {failure}"
         except PeerturbError as failure:
             why, error = str(failure), failure
         await self._deliver(LinkDown(link=self, why=why, error=error))
 
     async def _converse(self, channel: grpc.aio.Channel) -> None:
-        call: grpc.aio.StreamStreamCall[FromPeer, ToPeer] = channel.stream_stream(
-            _METHOD, request_serializer=self._serialize, response_deserializer=self._deserialize
-        )()
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(_METHOD)()
         writer = asyncio.create_task(self._write(call), name="link writer")
         try:
             await call.wait_for_connection()
             await self._deliver(LinkUp(link=self))
-            while (message := await call.read()) is not grpc.aio.EOF:
+            async for data in call:
+                self._traffic.down += len(data) + _PREFIX_BYTES
+                message = parse_to_peer(data, first=self._next, decoder=self._decoder)
+                if isinstance(message, Records):
+                    self._next = Position(self._next + len(message.records))
                 await self._deliver(Received(link=self, message=message))
-            if not (await call.code()) is grpc.StatusCode.OK:
-                raise grpc.aio.AioRpcError(
-                    await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-                )
         finally:
             writer.cancel()
             call.cancel()
 
-    async def _write(self, call: "grpc.aio.StreamStreamCall[FromPeer, ToPeer]") -> None:
+    async def _write(self, call: "grpc.aio.StreamStreamCall[bytes, bytes]") -> None:
         """Write in order; a broken stream shows on the reading side."""
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while (message := await self._outbox.get()) is not None:
-                await call.write(message)
+                data = encode_from_peer(message).SerializeToString()
+                await call.write(data)
+                self._traffic.up += len(data) + _PREFIX_BYTES
             await call.done_writing()
-
-    def _serialize(self, message: FromPeer) -> bytes:
-        data = encode_from_peer(message)
-        self._traffic.up += len(data) + _PREFIX_BYTES
-        return data
-
-    def _deserialize(self, data: bytes) -> ToPeer:
-        self._traffic.down += len(data) + _PREFIX_BYTES
-        return decode_to_peer(data)

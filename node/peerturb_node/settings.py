@@ -58,6 +58,8 @@ class NodeSettings(BaseSettings):
     fingerprint: str = Field(default="", pattern=r"^(sha256:)?([0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2}$|^$")
     """SHA-256 of the coordinator's certificate (`peerturb coordinator keys` prints it); empty: trust the system's
     certificate authorities."""
+    authority_file: Path | None = None
+    """PEM file of certificate authorities to trust in place of the system's."""
     insecure: bool = False
     """Allow plaintext beyond loopback."""
     threads: int = Field(default=0, ge=0, le=1_024)

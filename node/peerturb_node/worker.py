@@ -28,7 +28,7 @@ class Done:
 
     work: Work
     result: Result
-    """`Measured` or None (cancelled); `HeldOut` or None; the 32-byte digest after `Apply` and `Rebuild`, None where
+    """`Measured`; `HeldOut`, or None without held-out data; the 32-byte digest after `Rebuild` and `Apply`, None where
     another `Apply` follows at once (the digest of weights nobody will look at is not computed)."""
     seconds: float
 
@@ -44,7 +44,7 @@ class Failed:
 @dataclass(frozen=True, slots=True)
 class _Job:
     work: Work
-    slot: Slot
+    slot: Slot | None
 
 
 class Worker:
@@ -71,8 +71,8 @@ class Worker:
         """Jobs not yet begun."""
         return len(self._jobs)
 
-    def submit(self, work: Work, *, slot: Slot) -> None:
-        """Queue a job. A compute that does not block does it here and now."""
+    def submit(self, work: Work, *, slot: Slot | None) -> None:
+        """Queue a job; `slot` is ours, needed to measure. A compute that does not block does it here and now."""
         self._jobs.append(_Job(work, slot))
         if self._thread is None:
             self._report(self._next())
@@ -80,7 +80,7 @@ class Worker:
             self._thread.submit(self._next_on_thread)
 
     def cancel(self, round: RoundNumber) -> None:
-        """Stop measuring `round` and earlier ones as soon as possible; their jobs end with None."""
+        """Stop measuring `round` and earlier ones as soon as possible; their jobs end with the codes there are."""
         self._cancelled_below = max(self._cancelled_below, round + 1)
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -113,18 +113,17 @@ class Worker:
     def _do(self, job: _Job) -> Result:
         match job.work:
             case Apply(sealed=sealed):
-                # A rebuild may have applied it already from the local log.
-                if sealed.round >= self._compute.rounds:
-                    self._compute.apply(sealed)
+                self._compute.apply(sealed)
                 return None if self._is_more_to_apply() else self._compute.digest()
             case Measure(round=round_):
+                assert job.slot is not None, "only members measure"
                 return self._compute.measure(job.work, job.slot, lambda: self._is_cancelled(round_))
             case Evaluate():
                 return self._compute.evaluate(self._is_closing.is_set)
             case Rebuild():
                 self._compute.reset()
                 self._replay(self._compute)
-                return None if self._is_more_to_apply() else self._compute.digest()
+                return self._compute.digest()
 
     def _is_more_to_apply(self) -> bool:
         return bool(self._jobs) and isinstance(self._jobs[0].work, Apply)

@@ -20,7 +20,7 @@ class Measured:
     """A round's probes."""
 
     codes: bytes
-    """int8, two's complement, samples ascending; -128 is void. At least one."""
+    """int8, two's complement, samples ascending; -128 is void. Empty only when cancelled."""
     loss: float
     """Mean of L+ and L- over the valid probes; NaN if all are void."""
     tokens: int = 0
@@ -46,6 +46,10 @@ class Compute(Protocol):
     """32 bytes: digest of the base weights."""
     manifest: Manifest
     """The trainable tensors."""
+    checkpoint_name: str
+    """File name of its checkpoints."""
+    has_held_out: bool
+    """Whether there are held-out examples to evaluate."""
 
     @property
     def rounds(self) -> int:
@@ -61,8 +65,8 @@ class Compute(Protocol):
     def digest(self) -> bytes:
         """Return the run digest of the weights, 32 bytes."""
 
-    def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured | None:
-        """Measure samples 0, 1, ... of `work.round`; `is_cancelled` is asked between passes, and ends it with None."""
+    def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured:
+        """Measure samples 0, 1, ... of `work.round`; `is_cancelled` is asked between passes and ends it early."""
 
     def evaluate(self, is_cancelled: Callable[[], bool]) -> HeldOut | None:
         """Return the loss on held-out data; None without such data, or when cancelled."""
@@ -70,14 +74,23 @@ class Compute(Protocol):
     def reset(self) -> None:
         """Go back to the base weights."""
 
-    def save(self, folder: Path) -> Path:
-        """Write a checkpoint of weights and round into `folder`, atomically, in place of the last; return the file."""
+    def save(self, path: Path, *, position: int, chain: bytes) -> None:
+        """Write a checkpoint of weights and round, atomically.
 
-    def restore(self, folder: Path) -> int | None:
-        """Load the checkpoint in `folder`, if there is one; return its round.
+        Args:
+            path: the file; an old one stays until the new one is whole.
+            position: length of the local log on disk, at least what the weights are made of.
+            chain: chain hash of the log there.
 
         Raises:
-            ModelError: there is one, and it is damaged or of other weights. The weights may be anything: `reset`.
+            PeerturbError: it cannot be written.
+        """
+
+    def restore(self, path: Path) -> int:
+        """Load a checkpoint; return its round.
+
+        Raises:
+            PeerturbError: it is damaged or of another run. The weights may be anything then: `reset`.
         """
 
     def export(self, folder: Path) -> None:

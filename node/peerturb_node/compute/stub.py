@@ -19,6 +19,8 @@ class StubCompute:
 
     is_blocking = False
     manifest: Manifest = ()
+    has_held_out = False
+    checkpoint_name = "checkpoint.txt"
 
     def __init__(self, spec: RunSpec) -> None:
         self.base_digest = bytes.fromhex(spec.model.digest)
@@ -37,7 +39,7 @@ class StubCompute:
         """Return the running hash."""
         return self._state
 
-    def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured | None:
+    def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured:
         """Return codes cut from a fixed pool."""
         start = (work.round * 7919 + slot * 104_729) % (len(self._codes) - work.count + 1)
         return Measured(codes=self._codes[start : start + work.count], loss=1.0 / (1 + work.round))
@@ -50,22 +52,18 @@ class StubCompute:
         """Forget all rounds."""
         self.rounds, self._state = 0, self.base_digest
 
-    def save(self, folder: Path) -> Path:
+    def save(self, path: Path, *, position: int, chain: bytes) -> None:
         """Write round and hash."""
-        path = folder / "stub.txt"
         draft = path.with_suffix(".new")
         draft.write_text(f"{self.rounds} {self._state.hex()}\n", encoding="ascii")
-        return draft.replace(path)
+        draft.replace(path)
 
-    def restore(self, folder: Path) -> int | None:
+    def restore(self, path: Path) -> int:
         """Read what `save` wrote."""
-        path = folder / "stub.txt"
-        if not path.exists():
-            return None
         try:
             rounds, state = path.read_text(encoding="ascii").split()
             self.rounds, self._state = int(rounds), bytes.fromhex(state)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ModelError(f"the checkpoint {path} is damaged: {error}") from error
         return self.rounds
 

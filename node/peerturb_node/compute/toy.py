@@ -22,21 +22,22 @@ from peerturb_node.compute.base import HeldOut, Measured
 
 ELEMENTS = 256
 _VOID = -128
-_FILE_NAME = "toy.bin"
 
 
 class ToyCompute:
     """Loss: half the mean square distance to a target; every slot's target lies a little elsewhere."""
 
     is_blocking = False
+    checkpoint_name = "checkpoint.bin"
 
     def __init__(self, spec: RunSpec, *, has_held_out: bool = True) -> None:
         self._spec = spec
-        self._has_held_out = has_held_out
+        self.has_held_out = has_held_out
         self.base_digest = bytes.fromhex(spec.model.digest)
         self.manifest: Manifest = (Parameter(index=0, name="weight", shape=(ELEMENTS,), dtype="float32"),)
         self._target = self._noise("target", 1.0)
-        self.reset()
+        self.rounds = 0
+        self._weights = np.zeros(ELEMENTS, np.float32)
 
     def apply(self, sealed: RoundSealed) -> None:
         """Add the round's exact integer update, in two separately rounded operations."""
@@ -55,7 +56,7 @@ class ToyCompute:
         """Return a SHA-256 of round and weights."""
         return hashlib.sha256(self.rounds.to_bytes(8, "little") + self._weights.tobytes()).digest()
 
-    def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured | None:
+    def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured:
         """Measure both sides of every probe and encode."""
         epsilon = np.float32(self._spec.perturbation.epsilon)
         offset = self._weights - (self._target + self._noise(f"slot {slot}", 0.1))
@@ -68,7 +69,7 @@ class ToyCompute:
 
     def evaluate(self, is_cancelled: Callable[[], bool]) -> HeldOut | None:
         """Return the loss against the common target."""
-        if not self._has_held_out:
+        if not self.has_held_out:
             return None
         loss = 0.5 * float(np.mean((self._weights - self._target).astype(np.float64) ** 2))
         return HeldOut(loss=loss, accuracy=None, examples=1)
@@ -78,18 +79,14 @@ class ToyCompute:
         self.rounds = 0
         self._weights = np.zeros(ELEMENTS, np.float32)
 
-    def save(self, folder: Path) -> Path:
+    def save(self, path: Path, *, position: int, chain: bytes) -> None:
         """Write round and weights, with their digest in front."""
-        path = folder / _FILE_NAME
         draft = path.with_suffix(".new")
         draft.write_bytes(self.digest() + self.rounds.to_bytes(8, "little") + self._weights.tobytes())
-        return draft.replace(path)
+        draft.replace(path)
 
-    def restore(self, folder: Path) -> int | None:
+    def restore(self, path: Path) -> int:
         """Read what `save` wrote."""
-        path = folder / _FILE_NAME
-        if not path.exists():
-            return None
         data = path.read_bytes()
         if len(data) != 40 + 4 * ELEMENTS:
             raise ModelError(f"the checkpoint {path} is damaged: it has {len(data)} bytes")

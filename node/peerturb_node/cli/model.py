@@ -1,0 +1,89 @@
+"""`peerturb model`: a base model's digest and tensors, and the section of RUN.toml that names it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from peerturb.manifest import Manifest
+    from peerturb.spec import ModelSpec
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+_TENSORS_SHOWN = 40
+
+
+@app.command()
+def model(
+    name: Annotated[str, typer.Argument(metavar="NAME_OR_FOLDER", help="Hub name or local folder.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: type of the weights in every replica.")] = "float32",
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Names that stay frozen (*, ?); may be repeated.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Name to write into RUN.toml [the argument].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print a model's digest, its trainable tensors, and a ready [model] section for RUN.toml."""
+    from peerturb.errors import SpecError
+    from peerturb.manifest import manifest_digest
+    from peerturb.spec import ModelSpec
+    from peerturb.zo.model import base_digest, build_manifest, load_model
+
+    if dtype not in ("float32", "bfloat16"):
+        raise SpecError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
+    loaded, _ = load_model(name, dtype)  # type: ignore[arg-type]
+    digest = base_digest(loaded, dtype).hex()  # type: ignore[arg-type]
+    shown_name = label or (Path(name).name if Path(name).expanduser().is_dir() else name)
+    spec = ModelSpec(name=shown_name, digest=digest, dtype=dtype, exclude=tuple(exclude or ()))  # type: ignore[arg-type]
+    manifest = build_manifest(loaded, spec)
+    if as_json:
+        typer.echo(json.dumps(_document(spec, manifest, manifest_digest(manifest), type(loaded).__name__), indent=2))
+        return
+    _show(spec, manifest, type(loaded).__name__)
+
+
+def _document(spec: "ModelSpec", manifest: "Manifest", digest: bytes, kind: str) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "class": kind,
+        "dtype": spec.dtype,
+        "digest": spec.digest,
+        "manifest_digest": digest.hex(),
+        "parameters": sum(entry.elements for entry in manifest),
+        "tensors": [
+            {"index": entry.index, "name": entry.name, "shape": list(entry.shape), "kind": entry.kind}
+            for entry in manifest
+        ],
+        "toml": section(spec),
+    }
+
+
+def _show(spec: "ModelSpec", manifest: "Manifest", kind: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    total = sum(entry.elements for entry in manifest)
+    console.print(f"{kind}: {total:,} trainable parameters in {len(manifest)} tensors, {spec.dtype}")
+    table = Table(show_header=True, box=None, padding=(0, 2, 0, 0))
+    for title in ("#", "tensor", "shape", "kind", "elements"):
+        table.add_column(title, justify="right" if title in ("#", "elements") else "left", no_wrap=True)
+    for entry in manifest[:_TENSORS_SHOWN]:
+        shape = " x ".join(map(str, entry.shape)) or "scalar"
+        table.add_row(str(entry.index), entry.name, shape, entry.kind, f"{entry.elements:,}")
+    console.print(table)
+    if len(manifest) > _TENSORS_SHOWN:
+        console.print(f"... and {len(manifest) - _TENSORS_SHOWN} more (--json lists all)")
+    console.print()
+    # Plain print: a section to copy must not be wrapped or coloured.
+    typer.echo(section(spec))
+
+
+def section(spec: "ModelSpec") -> str:
+    """Return the `[model]` section of RUN.toml."""
+    lines = ["[model]", f"name = {json.dumps(spec.name)}", f'digest = "{spec.digest}"', f'dtype = "{spec.dtype}"']
+    if spec.exclude:
+        lines.append(f"exclude = {json.dumps(list(spec.exclude))}")
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""A compute on a real model: the engine of `peerturb.zo` behind the node's contract."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from peerturb.errors import DataError, LogError, ModelError, RefusedError, RejectCode
+from peerturb.ids import RoundNumber, Slot
+from peerturb.protocol.outputs import Measure
+from peerturb.protocol.records import RoundSealed
+from peerturb.spec import RunSpec
+from peerturb.zo.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from peerturb.zo.digest import run_digest
+from peerturb.zo.evaluate import evaluate
+from peerturb.zo.export import export_model
+from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
+from peerturb.zo.objective import Objective
+from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.update import apply_update
+from peerturb_node.compute.base import HeldOut, Measured
+from peerturb_node.data import local_objective
+from peerturb_node.settings import NodeSettings
+
+
+class TorchCompute:
+    """Model, private data and held-out data on one device.
+
+    Raises:
+        ModelError: the model cannot be loaded or perturbed.
+        DataError: a data file cannot be used.
+        RefusedError: its base weights are not the run's; the message has both digests.
+    """
+
+    is_blocking = True
+    checkpoint_name = "checkpoint.safetensors"
+
+    def __init__(self, spec: RunSpec, settings: NodeSettings) -> None:
+        if settings.data is None:
+            raise DataError("no training data given: --data FILE says what this node learns from")
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.rounds = 0
+        self._spec = spec
+        self.source = settings.model or spec.model.name
+        self.device = choose_device(settings.device)
+        self._model, self._tokenizer = load_model(self.source, spec.model.dtype, device=self.device)
+        digest = base_digest(self._model, spec.model.dtype)
+        if digest.hex() != spec.model.digest:
+            raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, self.source, digest.hex()))
+        self.base_digest = digest
+        self.manifest = build_manifest(self._model, spec.model)
+        self._weights = trainable_weights(self._model, self.manifest)
+        objective = Objective(
+            local_objective(spec.objective, settings), self._tokenizer, positions_max=positions_max(self._model)
+        )
+        sequences = objective.load(settings.data.expanduser())
+        self._engine = ProbeEngine(
+            self._model, self.manifest, spec, objective, sequences, rows_max=settings.rows or None
+        )
+        self._held_out = objective.load(settings.eval.expanduser()) if settings.eval is not None else []
+        self.has_held_out = bool(self._held_out)
+
+    def apply(self, sealed: RoundSealed) -> None:
+        """Update the weights in place, exactly."""
+        if sealed.round != self.rounds:
+            raise LogError(f"round {sealed.round} cannot be applied to weights after {self.rounds} rounds")
+        apply_update(
+            self._weights,
+            self.manifest,
+            family=self._spec.perturbation.family,
+            run_key=self._spec.run_key,
+            round=sealed.round,
+            slots=sealed.slots,
+            counts=sealed.counts,
+            codes=sealed.codes,
+            alpha=sealed.alpha,
+        )
+        self.rounds += 1
+
+    def digest(self) -> bytes:
+        """Return the run digest of the trained tensors."""
+        return run_digest(self.manifest, self._weights)
+
+    def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured:
+        """Measure probes, encode; end early when cancelled or when the RunSpec's time budget is spent."""
+        budget_s = self._spec.round.budget_ms / 1e3
+        end_s = time.monotonic() + budget_s if budget_s else float("inf")
+        result = self._engine.contribute(
+            RoundNumber(work.round),
+            slot=slot,
+            scale=work.scale,
+            count=work.count,
+            should_stop=lambda: is_cancelled() or time.monotonic() >= end_s,
+        )
+        return Measured(codes=result.codes.tobytes(), loss=result.loss, tokens=result.tokens)
+
+    def evaluate(self, is_cancelled: Callable[[], bool]) -> HeldOut | None:
+        """Return loss (and accuracy) on the held-out sequences."""
+        if not self._held_out:
+            return None
+        result = evaluate(self._engine.runner, self._held_out, should_stop=is_cancelled)
+        if result is None:
+            return None
+        return HeldOut(loss=result.loss, accuracy=result.accuracy, examples=result.examples)
+
+    def reset(self) -> None:
+        """Load the base weights again, into the same tensors."""
+        fresh, _ = load_model(self.source, self._spec.model.dtype)
+        if base_digest(fresh, self._spec.model.dtype) != self.base_digest:
+            raise ModelError(f"the base weights in {self.source} have changed since the node started")
+        source = trainable_weights(fresh, self.manifest)
+        for weight, base in zip(self._weights, source, strict=True):
+            weight.copy_(base)
+        self.rounds = 0
+
+    def save(self, path: Path, *, position: int, chain: bytes) -> None:
+        """Write the trained tensors and the round."""
+        info = CheckpointInfo(
+            spec_digest=self._spec.digest.hex(),
+            base_digest=self.base_digest.hex(),
+            round=self.rounds,
+            position=position,
+            chain=chain.hex(),
+        )
+        save_checkpoint(path, self.manifest, self._weights, info)
+
+    def restore(self, path: Path) -> int:
+        """Read them back."""
+        info = load_checkpoint(
+            path,
+            self.manifest,
+            self._weights,
+            spec_digest=self._spec.digest.hex(),
+            base_digest=self.base_digest.hex(),
+        )
+        self.rounds = info.round
+        return self.rounds
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder."""
+        export_model(self._model, self._tokenizer, folder)
+
+    def close(self) -> None:
+        """Nothing is held beyond memory."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device a setting means.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ModelError(f"there is no device {name}; torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def mismatch(spec: RunSpec, source: str, digest: str) -> str:
+    """Say that base weights differ, naming both sides."""
+    return (
+        f"the base weights differ: the run wants {spec.model.name!r} with digest {spec.model.digest} "
+        f"({spec.model.dtype}), {source!r} has {digest}; get the same model, or name its folder with --model"
+    )

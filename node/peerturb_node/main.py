@@ -1,0 +1,165 @@
+"""Start to end of a node's process: settings in, exit code out. The assembly; every part is made elsewhere."""
+
+import asyncio
+import os
+import signal
+import time
+from typing import TextIO
+
+import peerturb
+from peerturb.errors import PeerturbError, RefusedError, RejectCode, SpecError
+from peerturb.spec import RunSpec
+from peerturb_node.client import Address, describe
+from peerturb_node.compute.base import Compute
+from peerturb_node.events import Events, JsonSink, PlainSink, Sink
+from peerturb_node.folder import StateFolder, set_aside
+from peerturb_node.local import open_log, restore
+from peerturb_node.session import Ended, Node
+from peerturb_node.settings import NodeSettings
+
+
+def run_node(settings: NodeSettings, *, is_json: bool, stream: TextIO) -> int:
+    """Take part in the run until it ends or a signal comes; return the exit code.
+
+    Raises:
+        PeerturbError: what keeps the node from taking part; it has been told as an event, too.
+    """
+    events = Events(_sink(is_json=is_json, stream=stream))
+    try:
+        return asyncio.run(_run(settings, events))
+    except PeerturbError as error:
+        events.emit("error", message=str(error), code=type(error).__name__)
+        raise
+    finally:
+        events.close()
+
+
+async def _run(settings: NodeSettings, events: Events) -> int:
+    with StateFolder(settings.state) as folder:
+        token = settings.join_token()
+        address = Address.of(
+            settings.coordinator,
+            insecure=settings.insecure,
+            fingerprint=settings.fingerprint,
+            authority_file=settings.authority_file,
+            token=token,
+        )
+        description = await describe(address, wait_s=settings.wait_s)
+        spec = description.spec
+        events.emit(
+            "start",
+            version=peerturb.__version__,
+            name=settings.name,
+            key=folder.identity.public.hex(),
+            coordinator=settings.coordinator,
+            run=spec.name,
+            spec=spec.digest.hex(),
+            state=str(folder.path),
+            compute=settings.compute,
+            device=settings.device,
+        )
+        if description.needs_token and not token:
+            raise RefusedError(
+                RejectCode.BAD_TOKEN, f"the run at {settings.coordinator} needs a join token; give --token-file"
+            )
+        compute = await asyncio.to_thread(_make_compute, settings, spec, events)
+        try:
+            ended = await _take_part(settings, address, spec, folder, compute, events)
+            if settings.export is not None:
+                await asyncio.to_thread(compute.export, settings.export.expanduser())
+                events.emit("export", folder=str(settings.export))
+        finally:
+            compute.close()
+    if ended.refusal is not None:
+        raise RefusedError(ended.refusal, ended.why)
+    return 0
+
+
+async def _take_part(
+    settings: NodeSettings, address: Address, spec: RunSpec, state: StateFolder, compute: Compute, events: Events
+) -> Ended:
+    """Run until the end. A local log that is not on the run's chain is set aside, once, and everything fetched anew."""
+    folder = state.run_folder(spec)
+    is_second = False
+    while True:
+        log = await asyncio.to_thread(open_log, folder, spec, events)
+        try:
+            unapplied = await asyncio.to_thread(restore, folder, log, compute, events)
+            node = Node(
+                settings=settings,
+                address=address,
+                spec=spec,
+                identity=state.identity,
+                compute=compute,
+                log=log,
+                unapplied=unapplied,
+                events=events,
+            )
+            _install_signals(node)
+            ended = await node.run()
+        finally:
+            log.close()
+        if ended.refusal is not RejectCode.LOG_DIVERGED or is_second or not log.ledger.position:
+            return ended
+        is_second = True
+        kept = set_aside(log.path)
+        compute.reset()
+        (folder / compute.checkpoint_name).unlink(missing_ok=True)
+        events.emit(
+            "notice",
+            code="log_set_aside",
+            text=f"{ended.why}; the local log is kept as {kept.name}, everything is fetched again",
+        )
+
+
+def _make_compute(settings: NodeSettings, spec: RunSpec, events: Events) -> Compute:
+    """Load what the settings ask for, and check its base weights against the RunSpec's."""
+    started_s = time.perf_counter()
+    if settings.compute == "stub":
+        from peerturb_node.compute.stub import StubCompute
+
+        return StubCompute(spec)
+    if settings.compute == "toy":
+        from peerturb_node.compute.toy import ToyCompute
+
+        return ToyCompute(spec)
+    if settings.data is None:
+        raise SpecError("no training data given: --data FILE (JSON Lines or text) says what this node learns from")
+
+    from peerturb_node.compute.torch_compute import TorchCompute
+
+    compute = TorchCompute(spec, settings)
+    events.emit(
+        "model",
+        parameters=sum(entry.elements for entry in compute.manifest),
+        tensors=len(compute.manifest),
+        dtype=spec.model.dtype,
+        digest=compute.base_digest.hex(),
+        seconds=round(time.perf_counter() - started_s, 3),
+    )
+    return compute
+
+
+def _install_signals(node: Node) -> None:
+    """First signal: leave in order. Second: end at once."""
+    loop = asyncio.get_running_loop()
+
+    def stop(name: str) -> None:
+        if node.is_leaving:
+            os._exit(128 + signal.Signals[name].value)
+        node.leave(f"asked to stop ({name})")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number.name)
+
+
+def _sink(*, is_json: bool, stream: TextIO) -> Sink:
+    if is_json:
+        return JsonSink(stream)
+    if stream.isatty():
+        from rich.console import Console
+
+        from peerturb_node.view import LiveSink
+
+        return LiveSink(Console(file=stream))
+    return PlainSink(stream)
