@@ -21,8 +21,8 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for model, log, report and summary.")] = Path("demo-out"),
-    nodes: Annotated[int, typer.Option(min=3, max=16, help="Nodes at the start.")] = 4,
-    seconds: Annotated[float, typer.Option(min=5, max=3600, help="Longest training.")] = 100.0,
+    nodes: Annotated[int, typer.Option(min=4, max=16, help="Nodes at the start.")] = 4,
+    seconds: Annotated[float, typer.Option(min=5, max=3600, help="Longest training.")] = 125.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line; the last one is the summary.")
     ] = False,

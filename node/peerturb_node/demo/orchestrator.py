@@ -50,7 +50,7 @@ class Options:
 
     out: Path
     nodes: int = 4
-    seconds: float = 100.0
+    seconds: float = 125.0
     """Longest training; the run ends earlier when the RunSpec's rounds are done."""
     has_chaos: bool = True
     keeps_all: bool = False

@@ -196,13 +196,14 @@ def _bytes(story: Story, summary: Summary) -> str:
         f"received = {exchanged:,} B, 1/{summary.saving:,.0f} of it.</p>"
         f'<p class="sum">Per projected gradient: {summary.bytes_up:,} B / {codes_up:,} codes sent '
         f"= <b>{summary.bytes_up_per_code:.2f} B</b> (limit {limit_up:.2f} at "
-        f"{summary.codes_per_contribution:.0f} codes a message); {summary.bytes_down:,} B / {codes_down:,} codes received "
+        f"{summary.codes_per_contribution:.0f} codes a message); "
+        f"{summary.bytes_down:,} B / {codes_down:,} codes received "
         f"= <b>{summary.bytes_down_per_code:.2f} B</b> (limit {limit_down:.2f} at {per_round:.0f} codes a round).</p>"
         '<p class="small soft">Counted by a relay on loopback in front of every node: all bytes above TCP, so '
-        "handshakes, HTTP/2 and gRPC framing, evaluation reports, reconnects, and the replay of the node that joined late are in. "
-        "A message has a fixed cost of some 50 bytes, so more codes in a message make each one cheaper; the limit is "
-        "1.45 B sent at 128 codes a message and 1.15 B received at 512 a round. One full gradient says more than one "
-        "round of probes: the sum compares the bytes of equal rounds, not the number of rounds.</p></div>"
+        "handshakes, HTTP/2 and gRPC framing, evaluation reports, reconnects, and the replay of the node that joined "
+        "late are in. A message has a fixed cost of some 50 bytes, so more codes in a message make each one cheaper; "
+        "the limit is 1.45 B sent at 128 codes a message and 1.15 B received at 512 a round. One full gradient says more "
+        "than one round of probes: the sum compares the bytes of equal rounds, not the number of rounds.</p></div>"
     )
 
 

@@ -58,9 +58,11 @@ def picture(story: Story, *, columns: int, rows: int, tick: int = 0) -> Renderab
         Group(peers_table(story, columns - 4), _wire(story)),
         _timeline(story.entries[-entry_rows:]),
     ]
-    body = Group(*(part for pair in zip(parts, [Text()] * len(parts), strict=True) for part in pair[: 1 + has_gaps]))
+    gapped: list[RenderableType] = []
+    for part in parts:
+        gapped += [Text(), part] if has_gaps and gapped else [part]
     return Panel(
-        body,
+        Group(*gapped),
         title=Text.assemble((" peerturb demo ", "bold"), (_subject(story), "dim")),
         title_align="left",
         subtitle=Text(" Ctrl-C stops everything ", style="dim"),
@@ -163,7 +165,7 @@ def peers_table(story: Story, width: int) -> RenderableType:
     table = Table(box=None, padding=(0, 1, 0, 0), width=width, header_style="dim", pad_edge=False)
     is_wide = width > 90
     table.add_column("node", no_wrap=True, ratio=2)
-    table.add_column("state", no_wrap=True, ratio=3, min_width=24 if is_wide else None)
+    table.add_column("state", no_wrap=True, ratio=None if is_wide else 3, min_width=26 if is_wide else None)
     table.add_column("slot", justify="right", no_wrap=True)
     if is_wide:
         table.add_column("pid", justify="right", no_wrap=True, ratio=2)
