@@ -3,12 +3,11 @@
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +186,12 @@ class LightPeer:
             await self.read()
         return self.refusals[-1]
 
+    async def until_end(self) -> None:
+        """Read until the stream ends in order."""
+        with contextlib.suppress(EOFError):
+            while True:
+                await self.read()
+
     async def until_round(self, round_: int) -> None:
         """Read until `round_` is open, or a later one."""
         while self.round < round_ and not self.is_finished:
@@ -225,6 +230,11 @@ def limit_file_size(bytes_max: int) -> Any:
     return limit
 
 
-def processes_cpu_two() -> None:
-    """Pin this process and its children to two cores."""
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))
+async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
+    """Ask again and again until the answer is yes; fail after a while."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        if await check():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("waited in vain")
