@@ -57,6 +57,9 @@ PATIENT = frozenset(
 )
 """Closing refusals after which trying again later makes sense; after any other the peer stops."""
 
+HANDSHAKE_MS_MAX = 30_000
+"""From `Connect` to the welcome; after that the attempt counts as lost."""
+
 REFUSALS_MAX = 8
 """Closing refusals in a row, without a welcome between them, after which even a patient peer stops (except RUN_FULL and
 SHUTTING_DOWN, which pass)."""
@@ -145,6 +148,7 @@ class PeerMachine:
         self._evaluates = evaluates and spec.objective.eval_every > 0
         self._session = Session.WAITING
         self._attempt, self._connect_at_ms = 0, 0
+        self._give_up_at_ms = 0
         self._refusals = 0
         self._head = 0
         self._inbox: deque[Record] = deque()
@@ -241,7 +245,10 @@ class PeerMachine:
             return []
         if self._session is Session.WAITING and now_ms >= self._connect_at_ms and not self.ledger.is_finished:
             self._session = Session.CONNECTING
+            self._give_up_at_ms = now_ms + HANDSHAKE_MS_MAX
             return [Connect()]
+        if self._session in (Session.CONNECTING, Session.JOINING) and now_ms >= self._give_up_at_ms:
+            return self._reconnect("the coordinator did not answer", now_ms)
         if self._suspicion is not None:
             return self._rebuild()
         if self._to_apply and len(self._applying) < APPLIES_MAX:
@@ -256,7 +263,15 @@ class PeerMachine:
 
     def deadline_ms(self) -> int | None:
         """Return when `advance` must be called next; None: not before the next message or result."""
-        return self._connect_at_ms if self._session is Session.WAITING and not self.ledger.is_finished else None
+        match self._session:
+            case Session.WAITING:
+                return None if self.ledger.is_finished else self._connect_at_ms
+            case Session.CONNECTING | Session.JOINING:
+                return self._give_up_at_ms
+            case Session.JOINED | Session.STOPPED:
+                return None
+            case _:
+                assert_never(self._session)
 
     def apply(self, record: Record) -> None:
         """Take in a record that is in the local log.
