@@ -34,9 +34,9 @@ def model(
     if dtype not in ("float32", "bfloat16"):
         raise SpecError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
     loaded, _ = load_model(name, dtype)  # type: ignore[arg-type]
-    digest = base_digest(loaded, dtype).hex()  # type: ignore[arg-type]
+    digest = base_digest(loaded, dtype)  # type: ignore[arg-type]
     shown_name = label or (Path(name).name if Path(name).expanduser().is_dir() else name)
-    spec = ModelSpec(name=shown_name, digest=digest, dtype=dtype, exclude=tuple(exclude or ()))  # type: ignore[arg-type]
+    spec = ModelSpec(name=shown_name, digest=digest, dtype=dtype, exclude=tuple(exclude or ()))
     manifest = build_manifest(loaded, spec)
     if as_json:
         typer.echo(json.dumps(_document(spec, manifest, manifest_digest(manifest), type(loaded).__name__), indent=2))

@@ -47,11 +47,12 @@ class TorchCompute:
         self.device = choose_device(settings.device)
         self._model, self._tokenizer = load_model(self.source, spec.model.dtype, device=self.device)
         digest = base_digest(self._model, spec.model.dtype)
-        if digest.hex() != spec.model.digest:
-            raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, self.source, digest.hex()))
-        self.base_digest = digest
+        if digest != spec.model.digest:
+            raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, self.source, digest))
+        self.base_digest = bytes.fromhex(digest)
         self.manifest = build_manifest(self._model, spec.model)
-        self._weights = trainable_weights(self._model, self.manifest)
+        self._named = trainable_weights(self._model, self.manifest)
+        self._weights = list(self._named.values())
         objective = Objective(
             local_objective(spec.objective, settings), self._tokenizer, positions_max=positions_max(self._model)
         )
@@ -108,9 +109,9 @@ class TorchCompute:
     def reset(self) -> None:
         """Load the base weights again, into the same tensors."""
         fresh, _ = load_model(self.source, self._spec.model.dtype)
-        if base_digest(fresh, self._spec.model.dtype) != self.base_digest:
+        if base_digest(fresh, self._spec.model.dtype) != self._spec.model.digest:
             raise ModelError(f"the base weights in {self.source} have changed since the node started")
-        source = trainable_weights(fresh, self.manifest)
+        source = trainable_weights(fresh, self.manifest).values()
         for weight, base in zip(self._weights, source, strict=True):
             weight.copy_(base)
         self.rounds = 0
@@ -124,14 +125,14 @@ class TorchCompute:
             position=position,
             chain=chain.hex(),
         )
-        save_checkpoint(path, self.manifest, self._weights, info)
+        save_checkpoint(path, self.manifest, self._named, info)
 
     def restore(self, path: Path) -> int:
         """Read them back."""
         info = load_checkpoint(
             path,
             self.manifest,
-            self._weights,
+            self._named,
             spec_digest=self._spec.digest.hex(),
             base_digest=self.base_digest.hex(),
         )

@@ -1,0 +1,62 @@
+"""Is there enough memory and disk?"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from peerturb.spec import RunSpec
+from peerturb_node.doctor.report import Check, fail, ok
+from peerturb_node.settings import NodeSettings
+
+_OVERHEAD_BYTES = 600 * 1024 * 1024
+"""Interpreter, torch and transformers loaded, measured on Linux: about 450 MB."""
+_FORWARD_TOKENS = 4_096
+"""Tokens in one pass on a CPU (`peerturb.zo.probe`)."""
+_LOG_BYTES = 64 * 1024 * 1024
+"""Room for a local log: 64 MiB are 100 000 rounds of 600 codes."""
+
+
+def memory_needed(spec: RunSpec, parameters: int, vocabulary: int, width: int) -> int:
+    """Estimate what a node needs: weights, one pass of activations and logits, the program itself."""
+    itemsize = 4 if spec.model.dtype == "float32" else 2
+    weights = parameters * itemsize
+    # A handful of activations and one set of logits are alive at once.
+    activations = _FORWARD_TOKENS * (16 * width + 2 * vocabulary) * 4
+    update = 2**26
+    return weights + activations + update + _OVERHEAD_BYTES
+
+
+def check_memory(needed: int, *, is_loaded: bool) -> Check:
+    """Compare an estimate with what is free; what a loaded model already uses counts as free."""
+    free = psutil.virtual_memory().available + (psutil.Process().memory_info().rss if is_loaded else 0)
+    text = f"about {_mebibytes(needed)} needed, {_mebibytes(free)} free"
+    if needed > free:
+        return fail("memory", text, "close other programs, give --rows a small number, or use a larger computer")
+    return ok("memory", text)
+
+
+def check_disk(settings: NodeSettings, weights_bytes: int) -> Iterator[Check]:
+    """Compare checkpoint and log with what the state folder's disk has."""
+    folder = settings.state.expanduser()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    needed = 2 * weights_bytes + _LOG_BYTES
+    free = shutil.disk_usage(existing).free
+    text = f"about {_mebibytes(needed)} needed under {folder} (two checkpoints and the log), {_mebibytes(free)} free"
+    if needed > free:
+        yield fail("disk", text, "free some space, or choose another folder with --state")
+    elif not _can_write(existing):
+        yield fail("disk", f"{existing} cannot be written to", "choose another folder with --state")
+    else:
+        yield ok("disk", text)
+
+
+def _can_write(folder: Path) -> bool:
+    import os
+
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,136 @@
+"""Does the model load, is it the run's, can the engine perturb all of it, do the data fit, how fast would it be?"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peerturb.errors import DataError, ModelError, PeerturbError
+from peerturb.ids import RoundNumber, Slot
+from peerturb.manifest import Manifest
+from peerturb.spec import RunSpec
+from peerturb_node.doctor.machine import check_disk, check_memory, memory_needed
+from peerturb_node.doctor.report import Check, fail, ok, skip
+from peerturb_node.settings import NodeSettings
+
+_SPEED_PROBES = 16
+
+
+@dataclass(slots=True, kw_only=True)
+class Replica:
+    """Runs the checks in order; each needs what those before it found."""
+
+    settings: NodeSettings
+    spec: RunSpec
+    is_speed_measured: bool
+
+    def checks(self) -> Iterator[Check]:
+        """Yield one check after the other."""
+        try:
+            import torch
+
+            from peerturb.zo.model import load_model
+            from peerturb_node.compute.torch_compute import choose_device
+        except ImportError as error:
+            yield fail("model", f"{error.name} is not installed", 'pip install "peerturb[node]"')
+            return
+        settings, spec = self.settings, self.spec
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        source = settings.model or spec.model.name
+        try:
+            device = choose_device(settings.device)
+            started_s = time.perf_counter()
+            model, tokenizer = load_model(source, spec.model.dtype, device=device)
+        except PeerturbError as error:
+            yield fail("model", str(error), "check the name, or give the model's folder with --model")
+            for name in ("base weights", "engine", "data", "memory", "disk", "speed"):
+                yield skip(name, "no model")
+            return
+        seconds = time.perf_counter() - started_s
+        yield ok("model", f"{source} loaded on {device} in {seconds:.1f} s ({spec.model.dtype})")
+        yield self._base_weights(model, source)
+        manifest, check = self._engine(model)
+        yield check
+        engine = None
+        if manifest is not None:
+            engine, check = self._data(model, tokenizer, manifest)
+            yield check
+        else:
+            yield skip("data", "the model cannot be trained")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        embedding: Any = model.get_input_embeddings().weight
+        vocabulary, width = embedding.shape
+        if device.type == "cpu":
+            yield check_memory(memory_needed(spec, parameters, vocabulary, width), is_loaded=True)
+        else:
+            free, total = torch.cuda.mem_get_info(device)
+            yield ok("memory", f"{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free on {device}, the model loaded")
+        yield from check_disk(settings, parameters * (4 if spec.model.dtype == "float32" else 2))
+        yield self._speed(engine)
+
+    def _base_weights(self, model: Any, source: str) -> Check:
+        from peerturb.zo.model import base_digest
+
+        found = base_digest(model, self.spec.model.dtype)
+        if found == self.spec.model.digest:
+            return ok("base weights", f"digest {found[:16]} on both sides")
+        return fail(
+            "base weights",
+            f"the run wants {self.spec.model.name!r} with digest {self.spec.model.digest}, {source!r} has {found}",
+            "get the same model (and revision), or name its folder with --model",
+        )
+
+    def _engine(self, model: Any) -> tuple[Manifest | None, Check]:
+        from peerturb.zo.coverage import check_coverage
+        from peerturb.zo.model import build_manifest
+
+        try:
+            manifest = build_manifest(model, self.spec.model)
+            check_coverage(model, manifest, self.spec.perturbation.family)
+        except ModelError as error:
+            return None, fail("engine", str(error), "the run's operator must exclude that parameter (model.exclude)")
+        total = sum(entry.elements for entry in manifest)
+        return manifest, ok("engine", f"all {len(manifest)} trainable tensors ({total:,} parameters) can be perturbed")
+
+    def _data(self, model: Any, tokenizer: Any, manifest: Manifest) -> tuple[Any, Check]:
+        from peerturb.zo.model import positions_max
+        from peerturb.zo.objective import Objective
+        from peerturb.zo.probe import ProbeEngine
+        from peerturb_node.data import local_objective
+
+        settings = self.settings
+        if settings.data is None:
+            return None, skip("data", "no --data given")
+        try:
+            objective = Objective(
+                local_objective(self.spec.objective, settings), tokenizer, positions_max=positions_max(model)
+            )
+            sequences = objective.load(settings.data.expanduser())
+            engine = ProbeEngine(model, manifest, self.spec, objective, sequences, rows_max=settings.rows or None)
+        except DataError as error:
+            return None, fail("data", str(error), "correct the file, or fit it with --fields or --template")
+        except ModelError as error:
+            return None, fail("data", str(error), "see the check `engine`")
+        return engine, ok("data", f"{settings.data}: {len(sequences):,} sequences")
+
+    def _speed(self, engine: Any) -> Check:
+        if engine is None:
+            return skip("speed", "needs a model and --data")
+        if not self.is_speed_measured:
+            return skip("speed", "--skip-speed")
+        count = min(_SPEED_PROBES, self.spec.round.probes_max)
+        engine.measure(RoundNumber(0), slot=Slot(0), count=count)
+        started_s = time.perf_counter()
+        engine.measure(RoundNumber(1), slot=Slot(0), count=count)
+        rate = count / (time.perf_counter() - started_s)
+        round_s = self.spec.round.probes_max / rate
+        text = f"about {rate:.0f} probes/s; {self.spec.round.probes_max} probes take {round_s:.1f} s"
+        longest_s = self.spec.round.deadline_ms_max / 1e3
+        if round_s > longest_s and not self.spec.round.budget_ms:
+            return fail(
+                "speed",
+                f"{text}, the run waits at most {longest_s:.0f} s",
+                f"give --probes {max(1, int(rate * longest_s / 2))}, or use a faster computer",
+            )
+        return ok("speed", text)
