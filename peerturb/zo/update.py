@@ -117,7 +117,7 @@ def apply_update(
     """
     check_weights(weights, manifest)
     keys, samples = _expand(slots, counts, len(codes))
-    if not (0.0 <= alpha <= codec.STEP_MAX and np.float32(alpha) == alpha):
+    if not (0.0 <= alpha <= codec.STEP_MAX and float(np.float32(alpha)) == alpha):
         raise LogError(f"the step size of round {round} is {alpha!r}; it must be an f32 between 0 and 2**64")
     factors = codec.decode(codes)
     for chunk, start in enumerate(range(0, len(factors), PROBES_PER_UPDATE_MAX)):
@@ -187,7 +187,7 @@ def _dense_sums(
         total = torch.zeros(stop - first, dtype=torch.int32, device=device)
         for start in range(0, len(probes), height):
             bits = dense_bits(parameter, probes.part(start, start + height), first, stop, device)
-            total.add_(exact_product(column[start : start + height], bits)[0])
+            total.add_(exact_product(column[start : start + height], bits)[0].to(torch.int32))
         yield first, total.mul_(-2).add_(everything)
 
 
