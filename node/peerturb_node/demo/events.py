@@ -40,7 +40,7 @@ class Peer:
     is_late: bool = False
     """It joined in mid-run, by replay."""
     replayed: int = 0
-    """Rounds a late joiner had to apply before it could train."""
+    """Rounds it applied before the first that holds a contribution of its own."""
     join_s: float | None = None
     """Seconds from its process's start to its first training round."""
     last_round: int = -1
@@ -159,7 +159,6 @@ class Story:
                 peer.state = "joining" if peer.round is None else "training"
             case "behind":
                 peer.state = "catching up"
-                peer.replayed = max(peer.replayed, _integer(event.get("rounds"), 0))
             case "training":
                 peer.state = "training"
                 if peer.join_s is None:
@@ -195,6 +194,9 @@ class Story:
             peer.codes_up += own
             peer.rounds_part += 1
             peer.state = "training"
+        elif not peer.rounds_part:
+            peer.replayed += 1
+            peer.state = "catching up" if peer.is_late else peer.state
         digest = event.get("digest")
         if isinstance(digest, str) and digest:
             peer.digest = digest

@@ -128,8 +128,7 @@ class Demo:
                 held_out=folder.data / "progress.jsonl" if is_first else None,
                 export=folder.model if is_first else None,
             )
-        before = await self._verdict(judge)
-        story.say(f"the base model guesses: {100 * before.accuracy:.1f} % right on held-out text", is_phase=False)
+        before = asyncio.create_task(self._first_verdict(judge))
         await self._until(lambda: story.round >= 1)
         self._training_s = story.at_s
         story.say(
@@ -139,7 +138,7 @@ class Demo:
         if options.has_chaos:
             await self._break_things(network, files)
         await self._until(lambda: self._progress >= 1 or network.are_nodes_done)
-        return await self._finish(folder, family, network, files, before)
+        return await self._finish(folder, family, network, files, await before)
 
     async def _break_things(self, network: Network, files: TaskFiles) -> None:
         """Kill a node, let another join, kill the coordinator: each waits until the one before has been survived."""
@@ -257,6 +256,12 @@ class Demo:
     async def _verdict(self, judge: Child) -> Verdict:
         await self._finished(judge)
         return Verdict.from_json(judge.log.with_suffix(".out").read_text(encoding="utf-8"))
+
+    async def _first_verdict(self, judge: Child) -> Verdict:
+        verdict = await self._verdict(judge)
+        right = f"{100 * verdict.accuracy:.1f} % right on held-out text"
+        self._story.say(f"the base model only guesses: {right}", is_phase=False)
+        return verdict
 
     async def _finished(self, child: Child) -> None:
         child.is_expected_to_end = True

@@ -202,8 +202,8 @@ def _bytes(story: Story, summary: Summary) -> str:
         '<p class="small soft">Counted by a relay on loopback in front of every node: all bytes above TCP, so '
         "handshakes, HTTP/2 and gRPC framing, evaluation reports, reconnects, and the replay of the node that joined "
         "late are in. A message has a fixed cost of some 50 bytes, so more codes in a message make each one cheaper; "
-        "the limit is 1.45 B sent at 128 codes a message and 1.15 B received at 512 a round. One full gradient says more "
-        "than one round of probes: the sum compares the bytes of equal rounds, not the number of rounds.</p></div>"
+        "the limit is 1.45 B sent at 128 codes a message and 1.15 B received at 512 a round. One full gradient says "
+        "more than one round of probes: the sum compares the bytes of equal rounds, not the number of rounds.</p></div>"
     )
 
 

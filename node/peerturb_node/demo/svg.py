@@ -102,7 +102,8 @@ def legend(series: Sequence[Series]) -> str:
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return about `count` round values that cover [low, high], ascending; the last is >= high."""
-    span = high - low if high > low else 1.0
+    high = high if high > low else low + 1.0
+    span = high - low
     raw = span / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
