@@ -87,7 +87,7 @@ class SpanTable:
         height = max(len(probes), rows)
         out = torch.empty((height, self.width), dtype=torch.int8, device=device)
         out[len(probes) :].zero_()
-        if device.type == "cpu":
+        if uses_numpy(device):
             self._fill(out.numpy(), probes)
         else:
             words = philox.grid_words(
@@ -168,7 +168,7 @@ def dense_bits(parameter: Parameter, probes: Probes, start: int, stop: int, devi
     first, last = start // GROUP_SIGNS, -(-stop // GROUP_SIGNS)
     blocks = np.arange(first * GROUP_BLOCKS, last * GROUP_BLOCKS, dtype=np.uint64)
     streams = np.full(len(blocks), rng.stream_of(parameter.index, SIDE_DENSE), np.uint64)
-    if device.type == "cpu":
+    if uses_numpy(device):
         bits = torch.from_numpy(_planar_bits(blocks, streams, probes))
     else:
         words = philox.grid_words(
@@ -225,6 +225,11 @@ def _spread(words: U32, out: U64) -> None:
 def to_device(*arrays: U64, device: torch.device) -> list[Tensor]:
     """Move counters to a device as int64."""
     return [torch.from_numpy(array.astype(np.int64)).to(device) for array in arrays]
+
+
+def uses_numpy(device: torch.device) -> bool:
+    """Tell whether the device's words come from numpy."""
+    return device.type == "cpu"
 
 
 _local = threading.local()

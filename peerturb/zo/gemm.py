@@ -38,6 +38,11 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
     """The same as an int8 product."""
     if left.device.type == "cpu":
         return torch._int_mm(_settled(left.t()), _settled(right))
+    return padded_product(left, right)
+
+
+def padded_product(left: Tensor, right: Tensor) -> Tensor:
+    """The int8 product as CUDA takes it."""
     rows, columns = left.shape[1], right.shape[1]
     # cuBLASLt takes int8 with both operands contiguous along the summed dimension and padded extents.
     wide = _padded(left.t(), max(rows, _CUDA_ROWS_MIN))

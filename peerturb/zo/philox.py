@@ -48,8 +48,8 @@ def _sign_bytes(device: torch.device) -> Tensor:
 
 
 def unpack_planar(words: Tensor) -> Tensor:
-    """Turn int32[n, 32 * groups, 4] into the signs of the planar layout, int8[n, 4096 * groups]."""
+    """Turn int32[n, 32 * groups, 4] into the bits of the planar layout, int8[n, 4096 * groups] of 0 and 1."""
     n = words.shape[0]
     lanes = words.reshape(n, -1, 32, 4).transpose(2, 3).reshape(n, -1, 1, 128)
     planes = torch.arange(32, dtype=torch.int32, device=words.device)[:, None]
-    return (1 - 2 * ((lanes >> planes) & 1)).to(torch.int8).reshape(n, -1)
+    return (lanes >> planes).bitwise_and_(1).to(torch.int8).reshape(n, -1)

@@ -79,7 +79,11 @@ def rounding_noise(
     blocks = np.arange(start // _HALVES_PER_BLOCK, -(-stop // _HALVES_PER_BLOCK), dtype=np.uint64)
     streams = np.full(len(blocks), rng.stream_of(tensor, SIDE_ROUNDING), np.uint64)
     probes = Probes.of(run_key=run_key, round=round, slots=ROUNDING_SLOT, samples=chunk)
-    words = _words_on_cpu(blocks, streams, probes) if device.type == "cpu" else _words(blocks, streams, probes, device)
+    words = (
+        _words_on_cpu(blocks, streams, probes)
+        if directions.uses_numpy(device)
+        else _words(blocks, streams, probes, device)
+    )
     halves = words.view(torch.uint16).reshape(-1)
     skip = start % _HALVES_PER_BLOCK
     return halves[skip : skip + stop - start].to(torch.int32)

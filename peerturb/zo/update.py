@@ -31,9 +31,9 @@ TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements of one integer sum: on a CPU what stays in the second-level cache until it is subtracted."""
 SUM_ELEMENTS = 1 << 24
 """Elements of all sums that must be kept when a chunk takes several passes: 64 MiB."""
-DENSE_PROBES = {"cpu": 64, "cuda": 256}
+DENSE_PROBES = {"cpu": 64, "cuda": 64}
 DENSE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 20}
-"""Probes x elements of `dense` bits that exist at the same time: 4 MiB on a CPU."""
+"""Probes x elements of `dense` bits that exist at the same time: 4 MiB on a CPU, 64 MiB elsewhere."""
 
 Family = Literal["rank1", "dense"]
 

@@ -13,7 +13,7 @@ from peerturb import codec
 from peerturb.errors import LogError, ModelError
 from peerturb.limits import PROBES_PER_UPDATE_MAX
 from peerturb.manifest import DType, Manifest, Parameter
-from peerturb.zo import gemm, rounding, update
+from peerturb.zo import directions, gemm, rounding, update
 from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.update import Family, apply_update
 
@@ -50,17 +50,17 @@ def weights_of(manifest: Manifest) -> list[Tensor]:
 
 def sums_of(parameter: Parameter, family: Family, probes: Probes, codes: NDArray[np.int8]) -> Tensor:
     """U by the definition, in f64 (exact far beyond what is needed)."""
-    directions = Directions(probes)
+    noise_of = Directions(probes)
     factors = torch.from_numpy(codec.decode(codes)).to(torch.float64)
     matrices, rows, columns = parameter.stacked
-    left = directions.left(parameter).to(torch.float64)
+    left = noise_of.left(parameter).to(torch.float64)
     if parameter.kind == "vector":
         total = factors @ left
     elif family == "rank1":
-        right = directions.right(parameter).to(torch.float64).view(-1, matrices, columns)
+        right = noise_of.right(parameter).to(torch.float64).view(-1, matrices, columns)
         total = torch.einsum("p,pmr,pmc->mrc", factors, left.view(-1, matrices, rows), right)
     else:
-        noise = torch.stack([directions.dense(parameter, p) for p in range(len(probes))]).to(torch.float64)
+        noise = torch.stack([noise_of.dense(parameter, p) for p in range(len(probes))]).to(torch.float64)
         total = torch.einsum("p,prc->rc", factors, noise)
     return total.reshape(parameter.shape)
 
@@ -150,6 +150,20 @@ def test_without_int8_the_bits_are_the_same(family: Family, monkeypatch: pytest.
     assert equal_bits(applied(manifest, weights, family), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["rank1", "dense"])
+def test_the_accelerators_code_gives_the_same_bits(
+    family: Family, dtype: DType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on accelerators (words by torch, padded products), run on the CPU."""
+    manifest = manifest_of(dtype)
+    weights = weights_of(manifest)
+    expected = applied(manifest, weights, family)
+    monkeypatch.setattr(directions, "uses_numpy", lambda device: False)
+    monkeypatch.setattr(gemm, "int8_product", gemm.padded_product)
+    assert equal_bits(applied(manifest, weights, family), expected)
+
+
 @pytest.mark.parametrize("family", ["rank1", "dense"])
 def test_the_number_of_threads_does_not_matter(family: Family) -> None:
     manifest = manifest_of("bfloat16")
@@ -173,7 +187,7 @@ def test_products_of_strided_columns_are_exact(shape: tuple[int, int], probes: i
     codes = torch.randint(-127, 128, (probes, 128 + rows), generator=generator, dtype=torch.int8)[:, 128:]
     signs = torch.randint(0, 2, (probes, 64 + columns), generator=generator, dtype=torch.int8)[:, 64:] * 2 - 1
     expected = codes.to(torch.float64).t() @ signs.to(torch.float64)
-    for product in (gemm.int8_product, gemm.float_product, gemm.exact_product):
+    for product in (gemm.int8_product, gemm.float_product, gemm.exact_product, gemm.padded_product):
         assert torch.equal(product(codes, signs).to(torch.float64), expected)
         assert torch.equal(product(codes.contiguous(), signs.contiguous()).to(torch.float64), expected)
 
