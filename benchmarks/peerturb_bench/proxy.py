@@ -54,7 +54,7 @@ class CountingProxy:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pass(reader, far_writer, is_up=True))
                 group.create_task(self._pass(far_reader, writer, is_up=False))
-        except* OSError:
+        except* (OSError, asyncio.CancelledError):
             pass  # one side went away: so does the other
         finally:
             writer.close()

@@ -23,7 +23,7 @@ WARM_UP_ROUNDS = 30
 
 def run(quick: bool = False) -> list[Row]:
     """Measure and return the rows `up 128`, `up 256`, `down 512`."""
-    rounds = 100 if quick else 400
+    rounds = 200 if quick else 600
     rows = []
     for probes, limit in UP_LIMITS.items():
         up, _ = asyncio.run(_bytes_per_code(peers=1, probes=probes, rounds=rounds))

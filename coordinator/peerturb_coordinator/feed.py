@@ -7,6 +7,7 @@ sessions; older ones come from the store. It knows bytes and positions, neither 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from peerturb import limits
 from peerturb.ids import Position
@@ -15,6 +16,10 @@ from peerturb_coordinator.store import LogStore
 
 TAIL_BYTES_MAX = 4 * 1024 * 1024
 """Memory for the newest records, shared by all sessions: thousands of rounds of 512 codes."""
+BATCH_BYTES = 64 * 1024
+"""About what one message of catching up holds. Every session may have one in memory here and one in gRPC."""
+
+assert BATCH_BYTES <= limits.RECORD_BATCH_BYTES
 
 
 class Feed:
@@ -30,6 +35,8 @@ class Feed:
         self._head = store.head
         self._newest = (self._head, b"")
         """Position and message of the last publication: what every session that keeps up sends next."""
+        # One thread: the store lets one reader in at a time, and every thread costs memory.
+        self._reading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._wakers: set[Callable[[], None]] = set()
 
     @property
@@ -57,10 +64,14 @@ class Feed:
         for wake in self._wakers:
             wake()
 
+    def close(self) -> None:
+        """Read no more from the store."""
+        self._reading.shutdown(wait=True, cancel_futures=True)
+
     async def batch(self, cursor: Position) -> tuple[bytes, Position]:
         """Return the encoded message with the records from `cursor` on, and the cursor after it.
 
-        Must not be called at the head. A message ends with the record that passes RECORD_BATCH_BYTES.
+        Must not be called at the head. A message ends with the record that passes BATCH_BYTES.
 
         Raises:
             LogError: the store is damaged there.
@@ -71,7 +82,8 @@ class Feed:
             return message, self._head
         if cursor >= self._head - len(self._tail):
             return self._from_tail(cursor)
-        payloads = await asyncio.to_thread(self._store.read, cursor, limits.RECORD_BATCH_BYTES)
+        loop = asyncio.get_running_loop()
+        payloads = await loop.run_in_executor(self._reading, self._store.read, cursor, BATCH_BYTES)
         return encode_payloads(payloads).SerializeToString(), Position(cursor + len(payloads))
 
     def _from_tail(self, cursor: Position) -> tuple[bytes, Position]:
@@ -82,7 +94,7 @@ class Feed:
         for index in range(cursor - tail_first, len(self._tail)):
             taken.append(self._tail[index])
             size += len(self._tail[index])
-            if size >= limits.RECORD_BATCH_BYTES:
+            if size >= BATCH_BYTES:
                 break
         return b"".join(taken), Position(cursor + len(taken))
 

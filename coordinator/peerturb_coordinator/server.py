@@ -110,4 +110,5 @@ class Server:
             self._service.stop()
             await self._grpc.stop(self._settings.stop_grace_ms / 1000)
             self._grpc = None
+        self.runner.feed.close()
         self.store.close()

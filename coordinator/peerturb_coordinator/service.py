@@ -15,7 +15,7 @@ from peerturb.errors import LogError, RejectCode
 from peerturb.ids import Position
 from peerturb.protocol.messages import Challenge, Hello, Leave, Proof
 from peerturb.spec import PROTOCOL_VERSION
-from peerturb.wire.channel import TOKEN_METADATA_KEY
+from peerturb.wire.channel import FEED_COMPRESSION, TOKEN_METADATA_KEY
 from peerturb.wire.errors import WireError
 from peerturb.wire.messages import parse_from_peer
 from peerturb.wire.v1 import coordinator_pb2 as pb
@@ -72,6 +72,7 @@ class CoordinatorService:
 
     async def session(self, _requests: object, context: _Context) -> None:
         """Serve one peer from its Hello until either side ends the stream."""
+        context.set_compression(FEED_COMPRESSION)
         session = Session(
             self._runner.next_session_id(),
             self._runner.feed,

@@ -37,6 +37,10 @@ KEEPALIVE_TIMEOUT_MS = 20_000
 SERVER_MESSAGE_BYTES_MAX = limits.RECORD_BATCH_BYTES + limits.RECORD_BYTES_MAX
 """A batch ends with the record that passes RECORD_BATCH_BYTES, and one record may have RECORD_BYTES_MAX."""
 
+FEED_COMPRESSION = grpc.Compression.Deflate
+"""Of what a coordinator sends in a session: 11 bytes less on a round of 512 codes, 17 % less in catch-up (docs/LOG.md).
+What peers send is too short to gain."""
+
 _WINDOW_BYTES = 4 * 1024 * 1024
 """HTTP/2 receive window of a stream. Every credit the receiver returns is a WINDOW_UPDATE frame of 13 bytes against the
 sender's traffic; a large window returns credit rarely."""

@@ -26,7 +26,9 @@ class StubCompute:
         self.base_digest = bytes.fromhex(spec.model.digest)
         self.rounds = 0
         self._state = self.base_digest
-        self._codes = bytes(random.Random(spec.seed).choices(range(256), k=1 << 16)).replace(b"\x80", b"\x00")
+        # Distributed like real codes (normal, rms 32): the feed is compressed, so the distribution shows on the wire.
+        draw = random.Random(spec.seed)
+        self._codes = bytes(max(-127, min(127, round(draw.gauss(0.0, 32.0)))) & 0xFF for _ in range(1 << 16))
 
     def apply(self, sealed: RoundSealed) -> None:
         """Fold the round into the running hash."""
