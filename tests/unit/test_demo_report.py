@@ -58,6 +58,7 @@ def test_summary_json_holds_the_promised_fields_with_the_measured_values(tmp_pat
     assert document["rounds"] == 40
     assert document["probes"] == story.probes
     assert document["bytes_up_per_code"] == pytest.approx(story.bytes_up_per_code, abs=1e-4)
+    assert document["bytes_up_per_code_steady"] == pytest.approx((demo_story.CODES + 50) / demo_story.CODES, abs=0.02)
     assert document["digests_equal"] is True
     assert (document["killed"], document["joined"], document["coordinator_restarts"]) == (1, 1, 1)
     assert document["codes_per_contribution"] == demo_story.CODES

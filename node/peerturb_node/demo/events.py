@@ -12,7 +12,7 @@ PeerState = Literal["starting", "loading", "joining", "catching up", "training",
 MarkKind = Literal["kill", "join", "restart"]
 
 RATE_WINDOW_ROUNDS = 12
-"""Rounds over which the shown speed is averaged."""
+"""Rounds over which shown speeds and bytes per code are averaged."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -273,6 +273,16 @@ class Story:
     def bytes_down_per_code(self) -> float:
         """Socket bytes down per code received; NaN before the first."""
         return _ratio(self.bytes_down, sum(peer.codes_down for peer in self.peers.values()))
+
+    def bytes_per_code_by_round(self) -> list[tuple[int, float, float]]:
+        """Return (round, bytes up per code, bytes down per code), each over the last `RATE_WINDOW_ROUNDS` rounds."""
+        rows = []
+        for start, end in zip(self.rounds, self.rounds[RATE_WINDOW_ROUNDS:], strict=False):
+            sent, received = end.codes_up - start.codes_up, end.codes_down - start.codes_down
+            if sent > 0 and received > 0:
+                up, down = end.bytes_up - start.bytes_up, end.bytes_down - start.bytes_down
+                rows.append((end.round, up / sent, down / received))
+        return rows
 
     @property
     def compared(self) -> int:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from peerturb_node.demo.events import Story
+from peerturb_node.demo.events import RATE_WINDOW_ROUNDS, Story
 from peerturb_node.demo.examples import Answer
 from peerturb_node.demo.summary import Summary, is_good, size, survived
 from peerturb_node.demo.svg import Level, Marker, Series, chart, legend
@@ -19,8 +19,6 @@ _TONE_COLOURS = {"plain": "muted", "good": "green", "bad": "red", "act": "amber"
 
 _PEER_FIGURES = ("slot", "rounds", "codes sent", "bytes sent", "bytes received", "weights after", "digest")
 
-WINDOW_ROUNDS = 10
-"""Rounds over which the plotted bytes per code are averaged."""
 UP_OVERHEAD_BYTES_MAX = 57.6
 """The uplink limit, 1.45 bytes a code at 128 codes, leaves (1.45 - 1) * 128 bytes a message for all framing."""
 DOWN_OVERHEAD_BYTES_MAX = 76.8
@@ -144,13 +142,11 @@ def _charts(story: Story, summary: Summary) -> str:
 
 
 def _bytes_card(story: Story, summary: Summary, marks: Sequence[Marker]) -> str:
-    points = story.rounds
-    up, down = [], []
-    for start, end in zip(points, points[WINDOW_ROUNDS:], strict=False):
-        if end.codes_up > start.codes_up and end.codes_down > start.codes_down:
-            up.append((float(end.round), (end.bytes_up - start.bytes_up) / (end.codes_up - start.codes_up)))
-            down.append((float(end.round), (end.bytes_down - start.bytes_down) / (end.codes_down - start.codes_down)))
-    series = [Series(name="sent", colour="amber", points=up), Series(name="received", colour="blue", points=down)]
+    rows = story.bytes_per_code_by_round()
+    series = [
+        Series(name="sent", colour="amber", points=[(float(round), up) for round, up, _ in rows]),
+        Series(name="received", colour="blue", points=[(float(round), down) for round, _, down in rows]),
+    ]
     limit_up, limit_down = limits(summary)
     levels = [
         Level(y=limit_up, label=f"limit sent {limit_up:.2f}", colour="amber"),
@@ -160,7 +156,7 @@ def _bytes_card(story: Story, summary: Summary, marks: Sequence[Marker]) -> str:
     plot = chart(
         "bytes per code by round", series, x_label="round", y_text=lambda y: f"{y:.2f}", markers=marks, levels=levels
     )
-    return _card(f"Bytes per gradient, mean of {WINDOW_ROUNDS} rounds", series, plot)
+    return _card(f"Bytes per gradient, mean of {RATE_WINDOW_ROUNDS} rounds", series, plot)
 
 
 def limits(summary: Summary) -> tuple[float, float]:
@@ -195,10 +191,13 @@ def _bytes(story: Story, summary: Summary) -> str:
         f"= {summary.full_gradient_bytes:,} B. Exchanged: {summary.bytes_up:,} B sent + {summary.bytes_down:,} B "
         f"received = {exchanged:,} B, 1/{summary.saving:,.0f} of it.</p>"
         f'<p class="sum">Per projected gradient: {summary.bytes_up:,} B / {codes_up:,} codes sent '
-        f"= <b>{summary.bytes_up_per_code:.2f} B</b> (limit {limit_up:.2f} at "
-        f"{summary.codes_per_contribution:.0f} codes a message); "
+        f"= <b>{summary.bytes_up_per_code:.2f} B</b>; "
         f"{summary.bytes_down:,} B / {codes_down:,} codes received "
-        f"= <b>{summary.bytes_down_per_code:.2f} B</b> (limit {limit_down:.2f} at {per_round:.0f} codes a round).</p>"
+        f"= <b>{summary.bytes_down_per_code:.2f} B</b>. "
+        "These count everything from the first handshake on. In a steady round it was "
+        f"{summary.bytes_up_per_code_steady:.2f} B sent and {summary.bytes_down_per_code_steady:.2f} B received; "
+        f"the limit at {summary.codes_per_contribution:.0f} codes a message and {per_round:.0f} a round is "
+        f"{limit_up:.2f} B and {limit_down:.2f} B.</p>"
         '<p class="small soft">Counted by a relay on loopback in front of every node: all bytes above TCP, so '
         "handshakes, HTTP/2 and gRPC framing, evaluation reports, reconnects, and the replay of the node that joined "
         "late are in. A message has a fixed cost of some 50 bytes, so more codes in a message make each one cheaper; "

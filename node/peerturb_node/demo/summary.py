@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +36,9 @@ class Summary:
     """Socket bytes above TCP from nodes to coordinator, all framing and handshakes included, per code sent."""
     bytes_down_per_code: float
     """The other direction, replay of the late joiner included, per code received."""
+    bytes_up_per_code_steady: float
+    """Median over windows of rounds: what a round costs when nobody joins and nothing breaks."""
+    bytes_down_per_code_steady: float
     bytes_up: int
     bytes_down: int
     full_gradient_bytes: int
@@ -82,6 +86,7 @@ def summarize(
 ) -> Summary:
     """Put the figures together."""
     peers = story.peers.values()
+    windows = story.bytes_per_code_by_round()
     contributions = sum(peer.rounds_part for peer in peers)
     return Summary(
         accuracy_before=before.accuracy,
@@ -94,6 +99,8 @@ def summarize(
         training_seconds=round(training_seconds, 1),
         bytes_up_per_code=round(story.bytes_up_per_code, 4),
         bytes_down_per_code=round(story.bytes_down_per_code, 4),
+        bytes_up_per_code_steady=_median([up for _, up, _ in windows]),
+        bytes_down_per_code_steady=_median([down for _, _, down in windows]),
         bytes_up=story.bytes_up,
         bytes_down=story.bytes_down,
         full_gradient_bytes=story.full_gradient_bytes,
@@ -111,6 +118,10 @@ def summarize(
         log_file=str(log_file),
         report_file=str(report_file),
     )
+
+
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 4) if values else math.nan
 
 
 def size(count: float) -> str:
@@ -184,8 +195,8 @@ def _figures(summary: Summary) -> RenderableType:
     )  # fmt: skip
     table.add_row(
         "per gradient",
-        f"{summary.bytes_up_per_code:.2f} B sent, {summary.bytes_down_per_code:.2f} B received "
-        f"(all framing; {summary.codes_per_contribution:.0f} codes a message)",
+        f"{summary.bytes_up_per_code:.2f} B sent, {summary.bytes_down_per_code:.2f} B received, all framing and joining "
+        f"included ({summary.bytes_up_per_code_steady:.2f} and {summary.bytes_down_per_code_steady:.2f} in a steady round)",
     )
     table.add_row("replicas", _replicas(summary))
     table.add_row("survived", survived(summary))
