@@ -80,13 +80,8 @@ def measure(case: Case, *, repeats: int) -> Row:
         ours.append(parameter.elements * case.probes / _seconds(apply, repeat))
         theirs.append(parameter.elements * len(drawn) / _seconds(partial(draw_and_add, weight, drawn), repeat))
     value, reference = statistics.median(ours) / 1e9, statistics.median(theirs) / 1e9
-    return Row(
-        name=case.name,
-        value=round(value, 3),
-        unit="G/s",
-        reference=round(reference, 4),
-        ratio=round(value / reference, 1),
-    )
+    figures = {"value": value, "reference": reference, "ratio": value / reference}
+    return Row(name=case.name, unit="G/s", **{key: float(f"{figure:.4g}") for key, figure in figures.items()})
 
 
 def draw_and_add(weight: Tensor, codes: np.typing.NDArray[np.int8], seed: int) -> None:

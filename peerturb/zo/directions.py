@@ -5,12 +5,12 @@ It knows the manifest's shapes and the two layouts, nothing of models, codes or 
 `peerturb.zo.philox`.
 """
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -69,16 +69,12 @@ class SpanTable:
         blocks = [rng.block_range(span.start, span.stop) for span in spans]
         edges = np.cumsum([0, *(len(part) for part in blocks)]).tolist()
         self.blocks: U64 = np.concatenate([np.zeros(0, np.uint64), *blocks])
-        self.streams: U64 = np.repeat(
-            np.array([span.stream for span in spans], np.uint64), [len(part) for part in blocks]
-        ).astype(np.uint64)
-        self.columns = [
-            slice(
-                SIGNS_PER_BLOCK * edge + span.start % SIGNS_PER_BLOCK,
-                SIGNS_PER_BLOCK * edge + span.start % SIGNS_PER_BLOCK + span.stop - span.start,
-            )
-            for span, (edge, _) in zip(spans, pairwise(edges), strict=True)
+        streams = np.array([span.stream for span in spans], np.uint64)
+        self.streams: U64 = np.repeat(streams, np.array([len(part) for part in blocks], np.int64))
+        starts = [
+            SIGNS_PER_BLOCK * edge + span.start % SIGNS_PER_BLOCK for span, edge in zip(spans, edges[:-1], strict=True)
         ]
+        self.columns = [slice(at, at + span.stop - span.start) for span, at in zip(spans, starts, strict=True)]
         """Where each span lies among the `width` columns that `signs` returns."""
         self.width: int = SIGNS_PER_BLOCK * edges[-1]
 
@@ -248,6 +244,10 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="peerturb-signs")
 
 
+# Threads do not survive a fork: a child makes its own.
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def in_parallel(work: Callable[[rng.Tile], None], tiles: Sequence[rng.Tile]) -> None:
     """Do independent tiles with as many threads as torch uses; numpy lets go of the interpreter in each operation."""
     workers = min(torch.get_num_threads(), len(tiles))
@@ -260,7 +260,8 @@ def in_parallel(work: Callable[[rng.Tile], None], tiles: Sequence[rng.Tile]) -> 
         for tile in tiles[first::workers]:
             work(tile)
 
-    others = [_pool(workers).submit(share, first) for first in range(1, workers)]
+    pool = _pool(torch.get_num_threads())
+    others = [pool.submit(share, first) for first in range(1, workers)]
     share(0)
     for other in others:
         other.result()
