@@ -114,12 +114,12 @@ class Demo:
         story, options = self._story, self._options
         spec = RunSpec.from_toml(RUN_FILE)
         story.rounds_planned, story.seconds_planned = spec.round.count, options.seconds
-        story.say("cutting the data: private parts for every node, and a held-out part, from this Python's own files")
+        story.say("cutting private data for every node from this Python's own files")
         files = await self._write_data(folder)
         story.say("starting the coordinator")
         await network.start_coordinator()
         judge = await self._start_judge(family, "examples-before", BASE_MODEL_FOLDER, folder, files)
-        story.say(f"starting {options.nodes} nodes: each loads the same base model and its own data")
+        story.say(f"starting {options.nodes} nodes: the same base model, private data for each")
         for index in range(options.nodes):
             is_first = index == 0
             await network.start_node(
@@ -132,7 +132,7 @@ class Demo:
         await self._until(lambda: story.round >= 1)
         self._training_s = story.at_s
         story.say(
-            f"training: every node measures up to {spec.round.probes_max} probes a round and sends a byte for each",
+            f"training: each node measures up to {spec.round.probes_max} probes a round, one byte each",
             tone="good",
         )
         if options.has_chaos:
@@ -152,7 +152,7 @@ class Demo:
         story.mark("kill", f"{victim} killed")
         story.say(f"{victim} killed with SIGKILL; the round seals without it", tone="act")
         await self._until(lambda: story.round >= killed_after + SURVIVE_ROUNDS or network.are_nodes_done)
-        story.say(f"{newcomer} starts from the base weights and asks for the log", tone="act")
+        story.say(f"{newcomer} starts as a new process, with the base weights only", tone="act")
         peer = await network.start_node(newcomer, files.train[options.nodes], is_late=True)
         await self._until(lambda: peer.rounds_part >= 1 or network.are_nodes_done)
         if not peer.rounds_part:

@@ -126,8 +126,7 @@ def accuracy_chart(story: Story, columns: int, rows: int) -> Text:
     """Return the held-out accuracy over rounds."""
     points = [(float(p.round), 100 * p.accuracy) for p in story.evals]
     known = [y for _, y in points if math.isfinite(y)]
-    floor = 50.0 if not known or min(known) >= 45 else 10 * math.floor(min(known) / 10)
-    floor = min(floor, 45.0) if known and min(known) < 50 else floor
+    floor = min([40.0, *(10 * math.floor(y / 10) for y in known)])
     chart = draw(
         [Line(points=points, style="green")],
         columns=columns,
