@@ -8,15 +8,19 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peerturb.errors import SpecError
 from peerturb.spec import RunSpec
 from peerturb.wire.channel import split_address
 from peerturb_coordinator.events import Events
+from peerturb_coordinator.progress import live_line, report
 from peerturb_coordinator.server import Server
 from peerturb_coordinator.settings import CoordinatorSettings
 from peerturb_coordinator.store import SqliteLogStore
+
+if TYPE_CHECKING:
+    from rich.live import Live
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -33,24 +37,49 @@ def serve_until_signal(
     Raises:
         LogError, SpecError, UnreachableError: the run cannot be served; the message says why.
     """
-    events = Events(sys.stdout, as_json=as_json, level=settings.log_level)
-    asyncio.run(_serve(spec, settings, events, port_file))
+    with live_line(is_wanted=not as_json) as live:
+        events = Events(sys.stdout, as_json=as_json, level=settings.log_level)
+        asyncio.run(_serve(spec, settings, events, live, as_json=as_json, port_file=port_file))
 
 
-async def _serve(spec: RunSpec, settings: CoordinatorSettings, events: Events, port_file: Path | None) -> None:
+async def _serve(
+    spec: RunSpec,
+    settings: CoordinatorSettings,
+    events: Events,
+    live: "Live | None",
+    *,
+    as_json: bool,
+    port_file: Path | None,
+) -> None:
     server = Server(spec, settings, SqliteLogStore(settings.data_dir), events)
     stop = asyncio.Event()
     try:
         await server.start()
+        if as_json:
+            events.info("serving", **server.introduction)
+        else:
+            _introduce(server)
         _listen_for_signals(stop, events)
         if port_file is not None:
             _write_port(port_file, split_address(server.address)[1])
-        progress = asyncio.create_task(_report(server, events, settings.progress_every_ms / 1000))
+        progress = asyncio.create_task(report(server.runner, events, live, every_s=settings.progress_every_ms / 1000))
         await stop.wait()
         progress.cancel()
     finally:
         await server.stop()
     events.info("stopped", records=server.store.head, round=server.runner.status().round)
+
+
+def _introduce(server: Server) -> None:
+    """Print what a person must know; the join command stands on a line of its own, to be copied."""
+    known = server.introduction
+    begun = f"goes on at round {known['round']}" if known["round"] else "begins"
+    print(
+        f"Run {known['run']} {begun} on {known['address']} ({'TLS' if known['tls'] else 'plaintext'}).\n"
+        f"RunSpec digest {known['run_digest']}\n"
+        f"Peers join with\n\n  {known['join']}\n\nCtrl-C stops in order; the run can go on later.\n",
+        flush=True,
+    )
 
 
 def _listen_for_signals(stop: asyncio.Event, events: Events) -> None:
@@ -75,24 +104,3 @@ def _write_port(path: Path, port: int) -> None:
         draft.replace(path)
     except OSError as error:
         raise SpecError(f"cannot write the port file {path}: {error.strerror or error}") from error
-
-
-async def _report(server: Server, events: Events, every_s: float) -> None:
-    """Say every few seconds how the run goes, if anything changed."""
-    loop = asyncio.get_running_loop()
-    last: dict[str, Any] = {}
-    last_round, last_s = server.runner.status().round, loop.time()
-    while True:
-        await asyncio.sleep(every_s)
-        status, now_s = server.runner.status(), loop.time()
-        fields: dict[str, Any] = {
-            "round": status.round,
-            "loss": None if status.loss != status.loss else round(status.loss, 6),
-            "connected": status.connected,
-            "probes": status.probes,
-            "waiting_for": server.runner.fault or ("" if status.round > last_round else status.waiting_for),
-        }
-        if fields != last:
-            pace = (status.round - last_round) / (now_s - last_s)
-            events.info("progress", **fields, rounds_per_s=round(pace, 2))
-        last, last_round, last_s = fields, status.round, now_s

@@ -127,7 +127,7 @@ class Runner:
                         self._reject(effect, self._sessions.get(effect.session))
                     case Notice(code=code, text=text):
                         self.counts[f"notice_{code}"] += 1
-                        self._events.warning(code, text=text)
+                        self._events.info(code, text=text)
                     case Append():
                         raise AssertionError("drive hands records out as Persist")
                     case _:

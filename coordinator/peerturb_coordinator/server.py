@@ -81,19 +81,22 @@ class Server:
         self._grpc = server
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        self._events.info(
-            "serving",
-            address=self.address,
-            run=self.spec.name,
-            run_digest=self.spec.digest.hex(),
-            round=self.runner.status().round,
-            records=self.store.head,
-            tls=bool(self._fingerprint),
-            fingerprint=self._fingerprint,
-            join=self.join_command,
-        )
         if self._settings.insecure and not is_loopback(self.address):
             self._events.warning("plaintext", text="anybody on the way can read and change what peers send")
+
+    @property
+    def introduction(self) -> dict[str, object]:
+        """What a person or script needs to know once the server has started, as JSON values."""
+        return {
+            "address": self.address,
+            "run": self.spec.name,
+            "run_digest": self.spec.digest.hex(),
+            "round": self.runner.status().round,
+            "records": self.store.head,
+            "tls": bool(self._fingerprint),
+            "fingerprint": self._fingerprint,
+            "join": self.join_command,
+        }
 
     @property
     def join_command(self) -> str:
