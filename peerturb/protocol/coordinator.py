@@ -181,7 +181,7 @@ class CoordinatorMachine:
         return seal_decision(
             contributed=self._pending.of_slot.keys(),
             awaited=self._members.awaited(now_ms),
-            connected=self._members.connected,
+            connected=self._members.connected_slots,
             min_peers=self.spec.round.min_peers,
             due_in_ms=self._due_in_ms(now_ms),
         )
@@ -382,8 +382,9 @@ class CoordinatorMachine:
 
     def _digest_mismatch(self, session: SessionId, contribution: Contribution, sealed: RoundSealed) -> Reject:
         why = (
-            f"round {sealed.round} was measured on weights {sealed.digest:08x} by {len(sealed.slots)} peers, "
-            f"by you on {contribution.digest:08x}: rebuild from the log"
+            f"round {sealed.round} was measured on weights {sealed.digest:08x} "
+            f"({len(sealed.slots)} of {len(self._pending.of_slot)} peers), by you on {contribution.digest:08x}: "
+            "rebuild from the log"
         )
         return Reject(session=session, code=RejectCode.DIGEST_MISMATCH, why=why, closes=False)
 

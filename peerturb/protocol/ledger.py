@@ -234,11 +234,9 @@ class Ledger:
         if record.slot >= len(self.members):
             return f"names slot {record.slot}, which was never admitted"
         if record.round > self.sealed_rounds:
-            return f"evaluates round {record.round}, but only {self.sealed_rounds} are sealed"
+            return f"is of {record.round} rounds, but only {self.sealed_rounds} are sealed"
         last = self.members[record.slot].last_evaluation
-        return (
-            None if record.round > last else f"repeats slot {record.slot}'s evaluation of round {last} or an older one"
-        )
+        return None if record.round > last else f"is not newer than slot {record.slot}'s last one, of {last} rounds"
 
     def _objection_to_finish(self, record: RunFinished, spec: RunSpec) -> str | None:
         if self.is_finished:

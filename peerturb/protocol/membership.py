@@ -3,7 +3,7 @@
 It knows nothing of rounds' contents. After a restart it is empty but for the leases of the log's members.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 from peerturb.ids import PeerKey, Position, Slot
@@ -61,6 +61,11 @@ class Membership:
     def connected(self) -> int:
         """Members with a session."""
         return len(self._of_slot)
+
+    @property
+    def connected_slots(self) -> Set[Slot]:
+        """Slots with a session."""
+        return self._of_slot.keys()
 
     def link_of(self, slot: Slot) -> Link | None:
         """Return the session of a slot, if it has one."""

@@ -251,6 +251,9 @@ class PeerMachine:
             return self._reconnect("the coordinator did not answer", now_ms)
         if self._suspicion is not None:
             return self._rebuild()
+        if self.ledger.is_finished and self._measuring is not None and not self._is_cancelled:
+            self._is_cancelled = True
+            return [CancelMeasure(round=self._measuring)]
         if self._to_apply and len(self._applying) < APPLIES_MAX:
             sealed = self._to_apply.popleft()
             self._applying.append(sealed)
@@ -426,7 +429,7 @@ class PeerMachine:
             return []
         if self._last is not None and self._last.round == opened.round:
             if not self._is_said:
-                self._is_said = True
+                self._is_said = self._may_cancel = True
                 return [Say(message=self._last)]
         elif self._measuring is None:
             self._measuring, self._measured_on, self._is_cancelled = opened.round, self._digest, False
@@ -445,9 +448,6 @@ class PeerMachine:
 
     def _finish(self) -> list[PeerOutput]:
         """Everything is applied: evaluate once more, then say goodbye."""
-        if self._measuring is not None and not self._is_cancelled:
-            self._is_cancelled = True
-            return [CancelMeasure(round=self._measuring)]
         outputs = self._evaluation()
         if outputs or self._evaluating or self._measuring is not None:
             return outputs

@@ -22,7 +22,7 @@ class SealReason(Enum):
     AWAITING = "awaiting"
     """Waits for the contributions of awaited peers."""
     TOO_FEW = "too_few"
-    """Waits: fewer contributions than min_peers, and nobody else is awaited in time."""
+    """Waits: fewer contributions than min_peers, and everybody connected has contributed or the deadline is over."""
     NO_PEERS = "no_peers"
     """Waits: nobody is connected."""
 
@@ -37,14 +37,14 @@ class SealDecision:
 
 
 def seal_decision(
-    *, contributed: Set[Slot], awaited: Set[Slot], connected: int, min_peers: int, due_in_ms: int | None
+    *, contributed: Set[Slot], awaited: Set[Slot], connected: Set[Slot], min_peers: int, due_in_ms: int | None
 ) -> SealDecision:
     """Decide whether the open round is sealed now.
 
     Args:
         contributed: slots whose contributions have arrived.
         awaited: slots the round waits for until its deadline.
-        connected: number of members with a session.
+        connected: slots with a session, awaited or not.
         min_peers: contributions without which no round is sealed.
         due_in_ms: time left until the deadline, not positive once it has passed; None while its clock stands.
     """
@@ -61,11 +61,11 @@ def seal_decision(
     elif not connected:
         text = f"no peer is connected; have {have}, need min_peers {min_peers}"
         return SealDecision(is_seal=False, reason=SealReason.NO_PEERS, text=text)
-    elif is_due or not missing:
+    elif is_due or not (missing or connected - contributed):
         text = f"have {have}, need min_peers {min_peers}"
         return SealDecision(is_seal=False, reason=SealReason.TOO_FEW, text=text)
     when = "no deadline yet" if due_in_ms is None else f"deadline in {due_in_ms} ms"
-    text = f"have {have}, awaiting {_slots(missing)} ({when})"
+    text = f"have {have}, awaiting {_slots(missing or connected - contributed)} ({when})"
     return SealDecision(is_seal=False, reason=SealReason.AWAITING, text=text)
 
 
