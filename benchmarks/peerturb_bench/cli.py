@@ -21,6 +21,7 @@ BENCHMARKS = {
     "overhead": "Milliseconds a round costs when computing costs nothing: real processes, fsync included.",
     "step": "A probe's two evaluations, against plain inference on the same tokens.",
     "join": "A peer that joins late: time until it trains, bytes it received.",
+    "byte": "Rounds to the same held-out loss with one byte for each projected gradient, against f32 scalars.",
 }
 """Name (and module below `peerturb_bench`) -> what it measures, against what."""
 
