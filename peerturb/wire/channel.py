@@ -95,6 +95,8 @@ def server_options() -> Options:
         ("grpc.max_receive_message_length", limits.CLIENT_MESSAGE_BYTES_MAX),
         ("grpc.max_send_message_length", SERVER_MESSAGE_BYTES_MAX),
         ("grpc.max_metadata_size", 8 * 1024),
+        # A connection without a call is a stranger's, or a status command's that was forgotten.
+        ("grpc.max_connection_idle_ms", 5 * 60 * 1_000),
         # A second server on the same port would silently take half of the peers.
         ("grpc.so_reuseport", 0),
         # Peers may ping as often as our own clients do, with room for an early timer.

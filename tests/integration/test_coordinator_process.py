@@ -1,6 +1,7 @@
 """The coordinator as a process: restarts, kills, full disks, TLS, many peers, little memory."""
 
 import asyncio
+import contextlib
 import json
 import random
 import signal
@@ -214,8 +215,10 @@ async def test_sixty_four_peers_fit_into_memory_and_no_torch_is_loaded(tmp_path:
     with coordinator(
         tmp_path, write_spec(tmp_path / "run.toml", deadline_ms_min=5_000, deadline_ms_max=5_000)
     ) as process:
-        async with stub_for(process.address) as stub:
-            peers = [await LightPeer(process.spec, stub, seed=seed).join() for seed in range(64)]
+        async with contextlib.AsyncExitStack() as channels:
+            # A channel each: connections cost memory too.
+            stubs = [await channels.enter_async_context(stub_for(process.address)) for _ in range(64)]
+            peers = [await LightPeer(process.spec, stub, seed=seed).join() for seed, stub in enumerate(stubs)]
             await asyncio.gather(*(peer.take_part(30, codes=b"\x03" * 64) for peer in peers))
             sealed = [record for record in peers[0].records if record.codes]
             assert len(sealed[-1].slots) == 64
