@@ -10,8 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from peerturb_node.demo import BASE_MODEL_FOLDER
-from peerturb_node.demo.checks import are_same_weights
+from peerturb_node.demo.checks import are_same_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -73,10 +72,10 @@ def test_the_log_holds_the_rounds_and_gives_the_model(out: Path, summary: dict[s
     log = str(out / "demo.runlog")
     verified = peerturb("log", "verify", log, "--json")
     assert verified.returncode == 0, verified.stdout + verified.stderr
-    exported = peerturb("log", "export", log, "--base", str(BASE_MODEL_FOLDER), "--out", str(tmp_path / "again"))
+    exported = peerturb("log", "export", log, "--base", str(out / "base"), "--out", str(tmp_path / "again"))
     assert exported.returncode == 0, exported.stdout + exported.stderr
-    assert are_same_weights(out / "model", tmp_path / "again")
-    assert not are_same_weights(out / "model", BASE_MODEL_FOLDER)
+    assert are_same_models(out / "model", tmp_path / "again")
+    assert not are_same_models(out / "model", out / "base")
     assert summary["probes"] > 0
 
 
@@ -91,7 +90,7 @@ def test_the_model_loads_as_any_hugging_face_model(out: Path) -> None:
 
 def test_what_is_left_is_results_only(out: Path) -> None:
     assert {path.name for path in out.iterdir()} == {
-        ".peerturb-demo", "RUN.toml", "data", "demo.runlog", "logs", "model", "report.html", "stdout.jsonl",
+        ".peerturb-demo", "RUN.toml", "base", "data", "demo.runlog", "logs", "model", "report.html", "stdout.jsonl",
         "summary.json",
     }  # fmt: skip
     assert (out / "report.html").stat().st_size > 20_000

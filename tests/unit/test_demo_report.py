@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from peerturb.errors import DataError
-from peerturb_node.demo.checks import are_same_weights
+from peerturb_node.demo.checks import are_same_models
 from peerturb_node.demo.events import Story
 from peerturb_node.demo.examples import Answer, Verdict, choose
 from peerturb_node.demo.folder import DemoFolder
@@ -218,11 +218,11 @@ def test_weights_are_compared_byte_by_byte(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(content)
     (tmp_path / "e").mkdir()
-    assert are_same_weights(tmp_path / "a", tmp_path / "b")
+    assert are_same_models(tmp_path / "a", tmp_path / "b")
     for other in ("c", "d", "e"):
-        assert not are_same_weights(tmp_path / "a", tmp_path / other)
-        assert not are_same_weights(tmp_path / other, tmp_path / "a")
-    assert not are_same_weights(tmp_path / "e", tmp_path / "e")
+        assert not are_same_models(tmp_path / "a", tmp_path / other)
+        assert not are_same_models(tmp_path / other, tmp_path / "a")
+    assert not are_same_models(tmp_path / "e", tmp_path / "e")
 
 
 def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 _CHUNK_BYTES = 1 << 20
 
 
-def are_same_weights(first: Path, second: Path) -> bool:
-    """Return whether two Hugging Face folders hold the same weight files, byte for byte; no weights at all is no."""
-    names = {path.name for path in first.glob("*.safetensors")}
+def are_same_models(first: Path, second: Path) -> bool:
+    """Return whether two Hugging Face folders hold the same files, byte for byte; a folder without weights is none."""
+    names = {path.name for path in first.iterdir()}
     return (
-        bool(names)
-        and names == {path.name for path in second.glob("*.safetensors")}
+        any(name.endswith(".safetensors") for name in names)
+        and names == {path.name for path in second.iterdir()}
         and all(are_same_bytes(first / name, second / name) for name in sorted(names))
     )
 

@@ -5,6 +5,7 @@ folder, RunSpec and data go in; accuracy, loss and every answer come out. Plain 
 package's numerics, so what it says about a model is independent of the code that trained it.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -135,19 +136,23 @@ def _log_sum(values: Sequence[float]) -> float:
 
 
 def choose(before: Verdict, after: Verdict, count: int) -> list[tuple[Answer, Answer]]:
-    """Pick (before, after) pairs to show: corrected mistakes first, labels in turn, and a remaining mistake if any."""
+    """Pick (before, after) pairs to show: corrected mistakes, as many answers that stayed right, a remaining mistake.
+
+    Each kind is taken label by label in turn; where one kind runs out, the others fill its places.
+    """
     pairs = list(zip(before.answers, after.answers, strict=True))
     wrong = [pair for pair in pairs if not pair[1].is_right][:1]
-    corrected = [pair for pair in pairs if not pair[0].is_right and pair[1].is_right]
-    kept = [pair for pair in pairs if pair[0].is_right and pair[1].is_right]
-    chosen: list[tuple[Answer, Answer]] = []
-    for pool in (corrected, kept):
-        queues = {label: [p for p in pool if p[0].truth == label] for label in sorted({p[0].truth for p in pool})}
-        while len(chosen) < count - len(wrong) and any(queues.values()):
-            for queue in queues.values():
-                if queue and len(chosen) < count - len(wrong):
-                    chosen.append(queue.pop(0))
-    return chosen + wrong
+    corrected = _in_turn([pair for pair in pairs if not pair[0].is_right and pair[1].is_right])
+    kept = _in_turn([pair for pair in pairs if pair[0].is_right and pair[1].is_right])
+    room = max(0, count - len(wrong))
+    of_kept = min(len(kept), max(room // 2, room - len(corrected)))
+    return (corrected[: room - of_kept] + kept[:of_kept] + wrong)[:count]
+
+
+def _in_turn(pairs: Sequence[tuple[Answer, Answer]]) -> list[tuple[Answer, Answer]]:
+    """Order pairs so that the right labels take turns."""
+    queues = [[pair for pair in pairs if pair[0].truth == label] for label in sorted({pair[0].truth for pair in pairs})]
+    return [pair for row in itertools.zip_longest(*queues) for pair in row if pair is not None]
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """Where the demo writes what: the names of its files, and the rule about folders that are there already."""
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +50,6 @@ class DemoFolder:
             shutil.rmtree(path, ignore_errors=True)
         self.port_file.unlink(missing_ok=True)
 
-    def shown(self, path: Path) -> str:
-        """Return a path as a person would type it here: relative to the working folder where it lies below it."""
-        return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
-
     @property
     def run_file(self) -> Path:
         """The RunSpec of this run."""
@@ -64,6 +59,11 @@ class DemoFolder:
     def data(self) -> Path:
         """Private parts and the held-out part."""
         return self.out / "data"
+
+    @property
+    def base(self) -> Path:
+        """A copy of the base model: base + log = model, all in one folder."""
+        return self.out / "base"
 
     @property
     def model(self) -> Path:

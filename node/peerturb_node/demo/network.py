@@ -8,9 +8,9 @@ import contextlib
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from peerturb_node.demo import BASE_MODEL_FOLDER
 from peerturb_node.demo.events import Peer, Story
 from peerturb_node.demo.folder import DemoFolder
 from peerturb_node.demo.processes import Child, ChildError, Family
@@ -31,10 +31,12 @@ def peerturb(*arguments: str) -> list[str]:
 class Network:
     """The processes of one demo."""
 
-    def __init__(self, folder: DemoFolder, family: Family, story: Story) -> None:
+    def __init__(self, folder: DemoFolder, family: Family, story: Story, tick: Callable[[], None]) -> None:
+        """`tick` moves the story's clock on; it is called before an event is told."""
         self._folder = folder
         self._family = family
         self._story = story
+        self._tick = tick
         self._nodes: dict[str, Child] = {}
         self._relays: dict[str, CountingRelay] = {}
         self._coordinator: Child | None = None
@@ -77,7 +79,7 @@ class Network:
             "--coordinator", f"127.0.0.1:{relay.port}",
             "--name", name,
             "--data", str(data),
-            "--model", str(BASE_MODEL_FOLDER),
+            "--model", str(self._folder.base),
             "--device", "cpu",
             "--state", str(self._folder.nodes / name),
         )  # fmt: skip
@@ -96,6 +98,7 @@ class Network:
         except ValueError:
             return
         if isinstance(event, dict):
+            self._tick()
             self._count()
             self._story.take(name, event)
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from peerturb.spec import RunSpec
 from peerturb_node.demo import BASE_MODEL_FOLDER, RUN_FILE
-from peerturb_node.demo.checks import are_same_weights
+from peerturb_node.demo.checks import are_same_models
 from peerturb_node.demo.events import Story
 from peerturb_node.demo.examples import Answer, Verdict, choose
 from peerturb_node.demo.folder import DemoFolder
@@ -35,6 +35,8 @@ EXAMPLES_SHOWN = 6
 STEP_TIMEOUT_S = 120.0
 """Longest silence (no new round while training, no end of a tool) that is not a failure."""
 _TICK_S = 0.25
+"""Time between two pictures."""
+_POLL_S = 0.02
 
 
 class View(Protocol):
@@ -85,7 +87,7 @@ class Demo:
         """
         folder = DemoFolder.prepare(self._options.out)
         async with Family(folder.logs, child_environment(self._options.nodes)) as family:
-            network = Network(folder, family, self._story)
+            network = Network(folder, family, self._story, self._tick)
             play = asyncio.create_task(self._play(folder, family, network))
             watch = asyncio.create_task(self._watch(network))
             try:
@@ -118,7 +120,7 @@ class Demo:
         files = await self._write_data(folder)
         story.say("starting the coordinator")
         await network.start_coordinator()
-        judge = await self._start_judge(family, "examples-before", BASE_MODEL_FOLDER, folder, files)
+        judge = await self._start_judge(family, "examples-before", folder.base, folder, files)
         story.say(f"starting {options.nodes} nodes: the same base model, private data for each")
         for index in range(options.nodes):
             is_first = index == 0
@@ -200,10 +202,10 @@ class Demo:
         judge = await self._start_judge(family, "examples-after", folder.model, folder, files)
         replay = await family.start(
             "replay",
-            peerturb("log", "export", str(folder.log), "--base", str(BASE_MODEL_FOLDER), "--out", str(folder.replayed)),
+            peerturb("log", "export", str(folder.log), "--base", str(folder.base), "--out", str(folder.replayed)),
         )
         await self._finished(replay)
-        is_equal = are_same_weights(folder.model, folder.replayed)
+        is_equal = are_same_models(folder.model, folder.replayed)
         if is_equal:
             story.say("base weights + log = the live node's model, byte for byte", tone="good")
         else:
@@ -244,6 +246,7 @@ class Demo:
     async def _write_data(self, folder: DemoFolder) -> TaskFiles:
         """Write RunSpec and data; one private part more than nodes, for the one that joins late."""
         shutil.copyfile(RUN_FILE, folder.run_file)
+        shutil.copytree(BASE_MODEL_FOLDER, folder.base)
         files = await asyncio.to_thread(write_task, folder.data, nodes=self._options.nodes + 1)
         lines = files.heldout.read_text(encoding="utf-8").splitlines(keepends=True)
         (folder.data / "progress.jsonl").write_text("".join(lines[:PROGRESS_EXAMPLES]), encoding="utf-8")
@@ -295,7 +298,8 @@ class Demo:
                     f"no round was sealed for {STEP_TIMEOUT_S:.0f} s after round {seen}; "
                     f"the logs of all processes are in {self._options.out / 'logs'}"
                 )
-            await asyncio.sleep(_TICK_S / 5)
+            await asyncio.sleep(_POLL_S)
+        self._tick()
 
 
 def node_name(index: int) -> str:
@@ -322,11 +326,11 @@ def peerturb_examples() -> list[str]:
 
 def next_steps(folder: DemoFolder) -> list[tuple[str, str]]:
     """Return what a person can do with the results."""
-    log, base = folder.shown(folder.log), folder.shown(BASE_MODEL_FOLDER)
+    log, base, model = folder.log, folder.base, folder.model / "model.safetensors"
     return [
         ("verify", f"peerturb log verify {log}"),
         ("replay", f"peerturb log export {log} --base {base} --out replayed"),
-        ("compare", f"cmp replayed/model.safetensors {folder.shown(folder.model)}/model.safetensors"),
+        ("compare", f"cmp replayed/model.safetensors {model}"),
     ]
 
 

@@ -195,8 +195,8 @@ def _figures(summary: Summary) -> RenderableType:
     )  # fmt: skip
     table.add_row(
         "per gradient",
-        f"{summary.bytes_up_per_code:.2f} B sent, {summary.bytes_down_per_code:.2f} B received, handshakes and replay "
-        f"included; {summary.bytes_up_per_code_steady:.2f} and {summary.bytes_down_per_code_steady:.2f} B in between",
+        f"{summary.bytes_up_per_code:.2f} B sent, {summary.bytes_down_per_code:.2f} B received; "
+        f"{summary.bytes_up_per_code_steady:.2f} and {summary.bytes_down_per_code_steady:.2f} without handshakes",
     )
     table.add_row("replicas", _replicas(summary))
     table.add_row("survived", survived(summary))
