@@ -68,9 +68,11 @@ class Runner:
         if perturbation is None and rows.positions is None:
             context: Any = nullcontext()
         elif perturbation is None:
-            context = PerturbedForward([], None, head=self.head, positions=rows.positions)
+            context = PerturbedForward([], None, rows=len(rows.ids), head=self.head, positions=rows.positions)
         else:
-            context = PerturbedForward(self.parameters, perturbation, head=self.head, positions=rows.positions)
+            context = PerturbedForward(
+                self.parameters, perturbation, rows=len(rows.ids), head=self.head, positions=rows.positions
+            )
         with context:
             logits: Tensor = self.model(input_ids=rows.ids, use_cache=False).logits
         if rows.positions is None or context.has_kept:

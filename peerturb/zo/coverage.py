@@ -18,8 +18,9 @@ from peerturb.zo.perturbation import FAMILIES
 from peerturb.zo.perturbed import PerturbedForward
 
 PROBES = 3
+EXAMPLES = 2
 TOKENS = 5
-"""Rows and tokens of the trial: small, odd and different, so that a mixed-up layout cannot pass."""
+"""Layout of the trial: small numbers, all different, so that a mixed-up layout cannot pass."""
 
 TRIAL_EPSILON = 2.0**-6
 """Large enough to stand out from rounding, small enough to leave the model's activations in their range."""
@@ -99,7 +100,7 @@ def check_coverage(model: Any, manifest: Manifest, family: str = "rank1") -> Non
     parameters = [(entry, named[entry.name]) for entry in manifest]
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     device = next(model.parameters()).device
-    ids = (torch.arange(PROBES * TOKENS, device=device).view(PROBES, TOKENS) * 7 + 3) % vocabulary
+    ids = (torch.arange(PROBES * EXAMPLES * TOKENS, device=device).view(PROBES, EXAMPLES, TOKENS) * 7 + 3) % vocabulary
     # Twice: a tensor that the model derives once and keeps would miss the second forward.
     for _ in range(2):
         signs = TrialSigns(manifest, PROBES)
@@ -120,8 +121,8 @@ def _perturbed(
 ) -> tuple[Tensor, set[str]]:
     dtype = parameters[0][1].dtype
     perturbation = FAMILIES[family](signs, probes=PROBES, epsilon=TRIAL_EPSILON, dtype=dtype, device=ids.device)
-    both = ids.repeat_interleave(2, dim=0)
-    with PerturbedForward(parameters, perturbation) as mode:
+    both = ids.repeat_interleave(2, dim=0).flatten(0, 1)
+    with PerturbedForward(parameters, perturbation, rows=len(both)) as mode:
         logits: Tensor = model(input_ids=both, use_cache=False).logits
     return logits.float() if dtype == torch.bfloat16 else logits, mode.used
 
@@ -130,13 +131,14 @@ def _agrees(
     model: Any, parameters: Sequence[tuple[Parameter, Tensor]], signs: TrialSigns, ids: Tensor, result: Tensor
 ) -> bool:
     """Compare with weights replaced, relative to how far the perturbation moves the logits."""
-    plain = model(input_ids=ids, use_cache=False).logits.to(result.dtype)
+    plain = torch.stack([model(input_ids=part, use_cache=False).logits for part in ids]).to(result.dtype)
+    sides = result.view(PROBES * 2, *plain.shape[1:])
     difference = effect = 0.0
-    for row in range(2 * PROBES):
-        probe, step = row // 2, TRIAL_EPSILON if row % 2 == 0 else -TRIAL_EPSILON
+    for side in range(2 * PROBES):
+        probe, step = side // 2, TRIAL_EPSILON if side % 2 == 0 else -TRIAL_EPSILON
         with Replaced(parameters, signs, probe, step):
-            truth = model(input_ids=ids[probe : probe + 1], use_cache=False).logits[0].to(result.dtype)
-        difference += float((result[row] - truth).square().sum())
+            truth = model(input_ids=ids[probe], use_cache=False).logits.to(result.dtype)
+        difference += float((sides[side] - truth).square().sum())
         effect += float((truth - plain[probe]).square().sum())
     tolerance = TOLERANCE[parameters[0][1].dtype]
     # What rounding alone may do, for parameters that hardly move the logits.

@@ -16,6 +16,7 @@ from peerturb.zo.files import write_folder
 
 MARKER = "config.json"
 LOCAL_KEYS = (
+    "transformers_version",
     "_name_or_path",
     "name_or_path",
     "_commit_hash",
@@ -24,7 +25,7 @@ LOCAL_KEYS = (
     "local_files_only",
     "is_local",
 )
-"""Keys of the JSON files that say where the base was read from, not what it is."""
+"""Keys of the JSON files that say where the base was read from or by which release, not what it is."""
 
 
 def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

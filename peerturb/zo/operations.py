@@ -33,6 +33,7 @@ class Following(Protocol):
     """What a handler needs of the forward it belongs to; see `PerturbedForward`."""
 
     probes: int
+    rows: int
     head: Tensor | None
     positions: Tensor | None
 
@@ -117,23 +118,25 @@ def _correct(
     is_transposed: bool,
 ) -> Tensor:
     """Add the rows' perturbations to y = x W (+ bias); `is_transposed`: the operation takes W as [in, out]."""
-    if weight is not None:
-        if weight.parameter.kind != "matrix" or weight.rows is not None or weight.tensor.dim() != 2:
-            mode.refuse(weight, "multiplies by it as a matrix, which it is not")
-        columns, rows = x.shape[-1], y.shape[-1]
-        grouped_x = mode.grouped(weight, x, columns).view(mode.probes, -1, columns)
-        y = y if y.is_contiguous() else y.contiguous()
-        mode.grouped(weight, y, rows)
-        mode.perturbation.add_linear(
-            weight.parameter,
-            grouped_x,
-            y.view(mode.probes, -1, rows),
-            transposed=is_transposed != weight.is_transposed,
-        )
-    if bias is not None:
-        if bias.rows is not None or bias.parameter.kind != "vector":
-            mode.refuse(bias, "adds a tensor computed from it")
-        mode.grouped(bias, y, y.shape[-1]).add_(mode.perturbation.vector(bias.parameter))
+    if bias is not None and (bias.rows is not None or bias.parameter.kind != "vector"):
+        mode.refuse(bias, "adds a tensor computed from it")
+    y = y if y.is_contiguous() else y.contiguous()
+    rows = y.shape[-1]
+    if weight is None:
+        if bias is not None:
+            mode.grouped(bias, y, rows).add_(mode.perturbation.vector(bias.parameter))
+        return y
+    if weight.parameter.kind != "matrix" or weight.rows is not None or weight.tensor.dim() != 2:
+        mode.refuse(weight, "multiplies by it as a matrix, which it is not")
+    columns = x.shape[-1]
+    mode.grouped(weight, y, rows)
+    mode.perturbation.add_linear(
+        weight.parameter,
+        mode.grouped(weight, x, columns).view(mode.probes, -1, columns),
+        y.view(mode.probes, -1, rows),
+        bias=None if bias is None else bias.parameter,
+        transposed=is_transposed != weight.is_transposed,
+    )
     return y
 
 
@@ -148,9 +151,8 @@ def _embedding(mode: Following, func: Callable[..., Any], args: tuple[Any, ...],
     settings = dict(zip(("padding_idx", "max_norm"), args[2:4], strict=False)) | kwargs
     if settings.get("max_norm") is not None:
         mode.refuse(tracked, "renormalises it while it looks up its rows (max_norm)")
-    rows = 2 * mode.probes
     if ids.dim() >= 2 and ids.shape[0] == 1:
-        ids = ids.expand(rows, *ids.shape[1:])  # position numbers shared by all rows
+        ids = ids.expand(mode.rows, *ids.shape[1:])  # position numbers shared by all rows
     y = F.embedding(ids, weight)
     width = y.shape[-1]
     mode.grouped(tracked, ids, 1)
@@ -190,7 +192,7 @@ def _affine(mode: Following, x: Tensor, weight: Any, scale: Tracked | None, bias
     elif weight is not None:
         y = x * weight
     if shift is not None:
-        y = (mode.grouped(shift, y, y.shape[-1]) + mode.vector(shift)).view(y.shape)
+        y = (mode.grouped(shift, y, y.shape[-1]) + mode.vector(shift)).to(y.dtype).view(y.shape)
     elif bias is not None:
         y = y + bias
     return y
@@ -198,15 +200,9 @@ def _affine(mode: Following, x: Tensor, weight: Any, scale: Tracked | None, bias
 
 def _scaled(mode: Following, found: Tracked, x: Tensor) -> Tensor:
     """x times a tracked vector."""
-    last = found.parameter.elements
-    grouped = mode.grouped(found, x, last)
-    if x.dtype != torch.bfloat16 or found.rows is not None:
-        return (grouped * mode.vector(found)).view(x.shape)
-    # 1 +- epsilon would round back to 1 in bfloat16: add the two products instead.
-    if found.parameter.kind != "vector":
-        mode.refuse(found, "takes the matrix as a whole, element by element")
-    y = grouped * found.tensor.reshape(-1)
-    return y.addcmul_(grouped, mode.perturbation.vector(found.parameter)).view(x.shape)
+    product = mode.grouped(found, x, found.parameter.elements) * mode.vector(found)
+    # In bfloat16 the perturbed vector is f32: rounded to bfloat16, 1 + epsilon would be 1 again.
+    return product.view(x.shape) if found.rows is not None else product.to(x.dtype).view(x.shape)
 
 
 def _elementwise(mode: Following, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -228,7 +224,8 @@ def _elementwise(mode: Following, func: Callable[..., Any], args: tuple[Any, ...
         return _scaled(mode, found, other)
     rows = mode.vector(found)
     grouped = mode.grouped(found, other, last)
-    return func(*(rows if value is found.tensor else grouped for value in args)).view(other.shape)
+    result = func(*(rows if value is found.tensor else grouped for value in args)).view(other.shape)
+    return result if found.rows is not None else result.to(other.dtype)
 
 
 def _cast(mode: Following, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

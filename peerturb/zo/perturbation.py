@@ -44,6 +44,7 @@ class Perturbation:
         self.probes = probes
         self.dtype = dtype
         self.device = device
+        self._exact = torch.float32 if dtype == torch.bfloat16 else dtype
         self._steps = torch.tensor([epsilon, -epsilon], dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
 
@@ -52,16 +53,18 @@ class Perturbation:
         return self._steps if parameter.exponent == 0 else self._steps * 2.0**parameter.exponent
 
     def vector(self, parameter: Parameter) -> Tensor:
-        """Return the perturbation of a vector for every row: [probes, 2, 1, elements]."""
+        """Return the perturbation of a vector for every row: [probes, 2, 1, elements], f32 in bfloat16 models."""
         delta = self._vectors.get(parameter.index)
         if delta is None:
-            signs = self.signs.left(parameter).to(device=self.device, dtype=self.dtype)
-            delta = signs[:, None, None, :] * self.steps(parameter)[None, :, None, None]
+            signs = self.signs.left(parameter).to(device=self.device, dtype=self._exact)
+            delta = signs[:, None, None, :] * self.steps(parameter).to(self._exact)[None, :, None, None]
             self._vectors[parameter.index] = delta
         return delta
 
-    def add_linear(self, parameter: Parameter, x: Tensor, y: Tensor, *, transposed: bool) -> None:
-        """Add x zT (x z where the model stores the matrix transposed) to y, in place.
+    def add_linear(
+        self, parameter: Parameter, x: Tensor, y: Tensor, *, bias: Parameter | None, transposed: bool
+    ) -> None:
+        """Add x zT (x z where the model stores the matrix transposed) and a bias's perturbation to y, in place.
 
         Args:
             x: [probes, rest, columns], rest even: first half +epsilon, second half -epsilon.
@@ -94,15 +97,27 @@ class RankOne(Perturbation):
             self._factors[parameter.index] = pair
         return pair
 
-    def add_linear(self, parameter: Parameter, x: Tensor, y: Tensor, *, transposed: bool) -> None:
+    def add_linear(
+        self, parameter: Parameter, x: Tensor, y: Tensor, *, bias: Parameter | None, transposed: bool
+    ) -> None:
         """See the base class. One pass over x, one over y."""
         a, b = self._pair(parameter)
         if transposed:
             a, b = b, a
+        steps = self.steps(parameter)[:, None]
         # b as a row times xT runs several times faster on CPUs than x times b as a column.
         dots = torch.bmm(b[:, None, :], x.transpose(1, 2))
-        dots.view(self.probes, 2, -1).mul_(self.steps(parameter)[:, None])
-        add_outer(y, dots.transpose(1, 2), a[:, None, :])
+        dots.view(self.probes, 2, -1).mul_(steps)
+        if bias is None:
+            add_outer(y, dots.transpose(1, 2), a[:, None, :])
+        elif y.dtype != torch.bfloat16:
+            add_outer(y, dots.transpose(1, 2), a[:, None, :])
+            y.view(self.probes, 2, -1, y.shape[2]).add_(self.vector(bias))
+        else:  # both at once, so that they are rounded once
+            ones = torch.ones_like(dots)
+            ones.view(self.probes, 2, -1).mul_(self.steps(bias)[:, None])
+            signs = self.signs.left(bias).to(self.device, self.dtype)
+            y.baddbmm_(torch.cat([dots, ones], 1).transpose(1, 2), torch.stack([a, signs], 1))
 
     def add_embedding(self, parameter: Parameter, ids: Tensor, y: Tensor) -> None:
         """See the base class."""
@@ -127,13 +142,17 @@ class Dense(Perturbation):
         z = self._scratch[: parameter.elements].view(matrices * rows, columns)
         return z.copy_(self.signs.dense(parameter, probe).view(z.shape))
 
-    def add_linear(self, parameter: Parameter, x: Tensor, y: Tensor, *, transposed: bool) -> None:
+    def add_linear(
+        self, parameter: Parameter, x: Tensor, y: Tensor, *, bias: Parameter | None, transposed: bool
+    ) -> None:
         """See the base class."""
         # Scaling x, not z, keeps z exact in bfloat16 and serves both signs with one matrix.
         scaled = (x.view(self.probes, 2, -1, x.shape[-1]) * self.steps(parameter)[:, None, None]).view(x.shape)
         for probe in range(self.probes):
             z = self._matrix(parameter, probe)
             y[probe].addmm_(scaled[probe], z if transposed else z.t())
+        if bias is not None:
+            y.view(self.probes, 2, -1, y.shape[2]).add_(self.vector(bias))
 
     def add_embedding(self, parameter: Parameter, ids: Tensor, y: Tensor) -> None:
         """See the base class."""

@@ -25,6 +25,7 @@ class PerturbedForward(TorchFunctionMode):
     Args:
         parameters: every trainable parameter by identity: (manifest entry, the model's tensor).
         perturbation: what to add, or None (with no parameters) to keep `positions` only.
+        rows: rows of the batch, a multiple of 2 * probes.
         head: the output embedding; where it is applied, only `positions` of each row are kept.
         positions: [rows, kept] indices of the tokens whose logits are wanted, or None for all.
     """
@@ -34,6 +35,7 @@ class PerturbedForward(TorchFunctionMode):
         parameters: Sequence[tuple[Parameter, Tensor]],
         perturbation: Perturbation | None,
         *,
+        rows: int,
         head: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> None:
@@ -42,6 +44,7 @@ class PerturbedForward(TorchFunctionMode):
             raise ValueError("parameters without a perturbation")
         self._perturbation = perturbation
         self.probes = perturbation.probes if perturbation is not None else 0
+        self.rows = rows
         self.head = head
         self.positions = positions
         self.used: set[str] = set()
@@ -121,9 +124,7 @@ class PerturbedForward(TorchFunctionMode):
         Raises:
             ModelError: its rows cannot be told apart.
         """
-        per_probe, remainder = divmod(value.numel(), 2 * self.probes * last)
-        rows = 2 * self.probes
-        if remainder or per_probe == 0 or value.dim() == 0 or value.shape[0] % rows:
+        if value.dim() == 0 or value.shape[0] == 0 or value.shape[0] % self.rows or value.shape[-1] % last:
             self.refuse(found, f"meets an activation of shape {tuple(value.shape)}, whose rows cannot be told apart")
         return value.reshape(self.probes, 2, -1, last)
 

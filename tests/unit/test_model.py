@@ -1,0 +1,197 @@
+"""Loading, numbering and fingerprinting models; every way it can fail is a ModelError that helps."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peerturb.errors import ModelError
+from peerturb.manifest import manifest_digest
+from peerturb.spec import ModelSpec
+from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
+from tests.zo_models import byte_tokenizer, manifest_of, one_thread, small_model
+
+__all__ = ["one_thread"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model folder as the hub would deliver it."""
+    small_model("llama-tied").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def spec_with(**fields: Any) -> ModelSpec:
+    return ModelSpec.model_validate({"name": "test", "digest": "0" * 64, **fields})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loads_ready_for_probes(folder: Path, dtype: Any) -> None:
+    model, tokenizer = load_model(folder, dtype)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert tokenizer("a")["input_ids"][0] == 0
+    assert positions_max(model) == 64
+    inverse = model.model.rotary_emb.inv_freq
+    assert inverse.dtype == torch.float32  # bfloat16 positions would be wrong beyond 256
+
+
+def test_manifest_is_sorted_and_counts_tied_tensors_once(folder: Path) -> None:
+    model, _ = load_model(folder, "float32")
+    manifest = build_manifest(model, spec_with())
+    names = [entry.name for entry in manifest]
+    assert names == sorted(names)
+    assert "lm_head.weight" in names
+    assert "model.embed_tokens.weight" not in names
+    assert [entry.index for entry in manifest] == list(range(len(names)))
+    assert sum(entry.elements for entry in manifest) == sum(p.numel() for p in model.parameters())
+    assert {entry.kind for entry in manifest} == {"vector", "matrix"}
+
+
+def test_patterns_exclude_and_scale(folder: Path) -> None:
+    model, _ = load_model(folder, "float32")
+    manifest = build_manifest(model, spec_with(exclude=["*norm*"], exponents={"*mlp*": 1, "*mlp.down*": -2}))
+    exponents = {entry.name: entry.exponent for entry in manifest}
+    assert not any("norm" in name for name in exponents)
+    assert exponents["model.layers.0.mlp.up_proj.weight"] == 1
+    assert exponents["model.layers.0.mlp.down_proj.weight"] == 1  # "*mlp*" comes first in sorted order
+    assert exponents["model.layers.0.self_attn.q_proj.weight"] == 0
+
+
+def test_a_tied_tensor_is_excluded_by_either_name(folder: Path) -> None:
+    model, _ = load_model(folder, "float32")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        manifest = build_manifest(model, spec_with(exclude=[name]))
+        assert not {"lm_head.weight", "model.embed_tokens.weight"} & {entry.name for entry in manifest}
+
+
+@pytest.mark.parametrize("fields", [{"exclude": ["*nrom*"]}, {"exponents": {"*nrom*": 1}}])
+def test_patterns_that_match_nothing_are_errors(folder: Path, fields: dict[str, Any]) -> None:
+    model, _ = load_model(folder, "float32")
+    with pytest.raises(ModelError, match=r"\*nrom\*"):
+        build_manifest(model, spec_with(**fields))
+
+
+def test_excluding_everything_is_an_error(folder: Path) -> None:
+    model, _ = load_model(folder, "float32")
+    with pytest.raises(ModelError, match="nothing is left"):
+        build_manifest(model, spec_with(exclude=["*"]))
+
+
+def test_experts_are_stacks() -> None:
+    layer = torch.nn.Module()
+    layer.experts = torch.nn.Module()
+    layer.experts.up = torch.nn.Parameter(torch.zeros(4, 6, 8))
+    layer.kernel = torch.nn.Parameter(torch.zeros(4, 6, 8))
+    manifest = build_manifest(layer, spec_with())
+    assert [(entry.name, entry.kind, entry.stacked) for entry in manifest] == [
+        ("experts.up", "stack", (4, 6, 8)),
+        ("kernel", "matrix", (1, 4, 48)),
+    ]
+
+
+def test_base_digest_sees_every_bit_and_frozen_tensors_too(folder: Path) -> None:
+    model, _ = load_model(folder, "float32")
+    before = base_digest(model, "float32")
+    assert before == base_digest(load_model(folder, "float32")[0], "float32")
+    assert before != base_digest(load_model(folder, "bfloat16")[0], "bfloat16")
+    model.model.norm.weight.view(torch.int32)[3] ^= 1
+    assert base_digest(model, "float32") != before
+
+
+def test_weights_are_the_models_own(folder: Path) -> None:
+    model, _ = load_model(folder, "float32")
+    manifest = build_manifest(model, spec_with())
+    weights = trainable_weights(model, manifest)
+    assert list(weights) == [entry.name for entry in manifest]
+    weights["lm_head.weight"].fill_(0.25)
+    assert bool((model.get_input_embeddings().weight == 0.25).all())
+    with pytest.raises(ModelError, match="no parameter"):
+        trainable_weights(small_model("gpt2"), manifest)
+
+
+def test_changing_weights_leaves_the_files_alone(folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    model, _ = load_model(folder, "float32")
+    for parameter in model.parameters():
+        parameter.data.add_(1.0)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert base_digest(load_model(folder, "float32")[0], "float32") != base_digest(model, "float32")
+
+
+def test_manifest_digest_tells_exponents_apart(folder: Path) -> None:
+    model, _ = load_model(folder, "float32")
+    assert manifest_digest(manifest_of(model)) != manifest_digest(manifest_of(model, exponents={"*norm*": 1}))
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model folder"):
+        load_model(tmp_path / "nothing", "float32")
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_model(tmp_path, "float32")
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="can run code"):
+        load_model(folder, "float32")
+
+
+def test_incomplete_weights_are_not_filled_with_noise(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+        load_model(folder, "float32")
+
+
+def test_damaged_files_are_errors(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot load the model"):
+        load_model(folder, "float32")
+    (folder / "model.safetensors").write_bytes(whole)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="configuration"):
+        load_model(folder, "float32")
+
+
+def test_code_in_a_model_folder_is_not_run(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    config["model_type"] = "evil"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('code was run')\n")
+    with pytest.raises(ModelError):
+        load_model(folder, "float32")
+
+
+def test_a_missing_tokenizer_is_an_error(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_model(folder, "float32")
+
+
+def test_an_unreachable_hub_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="some-org/some-model"):
+        load_model("some-org/some-model", "float32")
+
+
+def test_shared_models_load(shared: Path, tmp_path: Path) -> None:
+    for name in ("stories260k", "stories3m", "gpt2-horoscope"):
+        shutil.copytree(shared / "models" / name, tmp_path / name)
+        first, _ = load_model(shared / "models" / name, "bfloat16")
+        second, _ = load_model(str(tmp_path / name), "bfloat16")
+        assert base_digest(first, "bfloat16") == base_digest(second, "bfloat16")

@@ -1,0 +1,142 @@
+"""Small random models, a byte tokenizer and reproducible signs for the tests of `peerturb.zo`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from peerturb.manifest import Manifest, Parameter
+from peerturb.spec import ModelSpec, ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec
+from peerturb.zo.model import build_manifest, prepare
+
+VOCABULARY = 264
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+LLAMA: dict[str, Any] = {**SIZES, "intermediate_size": 56, "num_key_value_heads": 2}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama-tied": lambda: LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "llama-untied-biased": lambda: LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True),
+    "mistral-window": lambda: MistralConfig(**LLAMA, sliding_window=4),
+    "qwen2": lambda: Qwen2Config(**LLAMA),
+    "qwen3": lambda: Qwen3Config(**LLAMA, head_dim=8),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1
+    ),
+    "opt": lambda: OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=24),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: threads only wait for each other. Import it into a test module to switch it on there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """Return a random model whose norms and biases are not at their trivial start."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    config._attn_implementation = "sdpa"
+    model = prepare(AutoModelForCausalLM.from_config(config), "float32").to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.normal_(1.0, 0.2)
+        else:
+            parameter.data.normal_(0.0, 0.15)
+    return model
+
+
+def byte_tokenizer(*, begins_with_bos: bool = True) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token a byte, except that " a" and " b" are one token each."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {letter: number + 2 for number, letter in enumerate(alphabet)}
+    blank = "\u0120"
+    vocabulary |= {blank + "a": 258, blank + "b": 259}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(blank, "a"), (blank, "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if begins_with_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def manifest_of(model: Any, *, exclude: Sequence[str] = (), exponents: dict[str, int] | None = None) -> Manifest:
+    """Return the manifest; float64 models count as float32 here."""
+    wide = next(model.parameters()).dtype == torch.float64
+    spec = ModelSpec(name="test", digest="0" * 64, exclude=tuple(exclude), exponents=exponents or {})
+    if not wide:
+        return build_manifest(model, spec)
+    try:
+        return build_manifest(model.float(), spec)
+    finally:
+        model.double()
+
+
+def spec_of(*, family: str = "rank1", objective: dict[str, Any] | None = None, probes: int = 6) -> RunSpec:
+    """Return a RunSpec for a small model."""
+    return RunSpec(
+        name="test",
+        model=ModelSpec(name="test", digest="0" * 64),
+        perturbation=PerturbationSpec.model_validate({"family": family}),
+        round=RoundSpec(probes_max=probes),
+        objective=ObjectiveSpec.model_validate({"tokens_max": 16, **(objective or {})}),
+    )
+
+
+class RandomSigns:
+    """Signs for a whole manifest from a torch seed (tests of one machine need no Philox)."""
+
+    def __init__(self, manifest: Manifest, probes: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
+
+        self._left = {p.index: draw(probes, p.stacked[0] * p.stacked[1]) for p in manifest}
+        self._right = {p.index: draw(probes, p.stacked[0] * p.stacked[2]) for p in manifest}
+        self._dense = {p.index: draw(probes, p.stacked[0] * p.stacked[1], p.stacked[2]) for p in manifest}
+
+    def left(self, parameter: Parameter) -> Tensor:
+        return self._left[parameter.index]
+
+    def right(self, parameter: Parameter) -> Tensor:
+        return self._right[parameter.index]
+
+    def dense(self, parameter: Parameter, probe: int) -> Tensor:
+        return self._dense[parameter.index][probe]
+
+    def noise(self, parameter: Parameter, probe: int, family: str) -> Tensor:
+        """Return z of one tensor, written out."""
+        if parameter.kind == "vector":
+            return self._left[parameter.index][probe].view(parameter.shape)
+        if family == "dense":
+            return self._dense[parameter.index][probe].view(parameter.shape)
+        matrices, rows, columns = parameter.stacked
+        left = self._left[parameter.index][probe].view(matrices, rows, 1)
+        right = self._right[parameter.index][probe].view(matrices, 1, columns)
+        return (left * right).view(parameter.shape)
