@@ -62,7 +62,8 @@ def small_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0)
     torch.manual_seed(seed)
     config = CONFIGS[name]()
     config._attn_implementation = "sdpa"
-    model = prepare(AutoModelForCausalLM.from_config(config), "float32").to(dtype)
+    model: Any = prepare(AutoModelForCausalLM.from_config(config), "float32")
+    model = model.to(dtype)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data.normal_(1.0, 0.2)
@@ -97,12 +98,14 @@ def manifest_of(model: Any, *, exclude: Sequence[str] = (), exponents: dict[str,
         model.double()
 
 
-def spec_of(*, family: str = "rank1", objective: dict[str, Any] | None = None, probes: int = 6) -> RunSpec:
+def spec_of(
+    *, family: str = "rank1", objective: dict[str, Any] | None = None, probes: int = 6, epsilon: float = 1e-3
+) -> RunSpec:
     """Return a RunSpec for a small model."""
     return RunSpec(
         name="test",
         model=ModelSpec(name="test", digest="0" * 64),
-        perturbation=PerturbationSpec.model_validate({"family": family}),
+        perturbation=PerturbationSpec.model_validate({"family": family, "epsilon": epsilon}),
         round=RoundSpec(probes_max=probes),
         objective=ObjectiveSpec.model_validate({"tokens_max": 16, **(objective or {})}),
     )

@@ -40,6 +40,7 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         model.config.use_cache = True  # switched off for probes only (`peerturb.zo.model.prepare`)
         try:
             model.save_pretrained(draft, safe_serialization=True, max_shard_size="1TB")
+            _forget_calls(tokenizer)
             tokenizer.save_pretrained(draft)
         except ValueError as error:
             raise ModelError(f"cannot write the model: {error}") from error
@@ -59,6 +60,14 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         transformers_logging.set_verbosity(shown)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _forget_calls(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take back the truncation and padding of earlier calls, which the tokenizer's file would remember."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def _normalise(file: Path) -> None:

@@ -105,7 +105,7 @@ def test_wrong_templates_are_named(tmp_path: Path, template: str) -> None:
 def test_empty_files_are_errors(tmp_path: Path, content: bytes) -> None:
     for name in ("a.jsonl", "a.txt"):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match="no examples|is empty"):
+        with pytest.raises(DataError, match=r"no examples|is empty"):
             read_examples(tmp_path / name, objective())
     with pytest.raises(DataError, match="cannot read"):
         read_examples(tmp_path / "missing.jsonl", objective())
@@ -123,7 +123,7 @@ def test_empty_texts_and_completions_are_bad_lines(tmp_path: Path) -> None:
 def test_plain_text_is_one_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("to be\nor not", encoding="utf-8")
     assert [e.prompt for e in read_examples(tmp_path / "a.txt", objective())] == ["to be\nor not"]
-    with pytest.raises(DataError, match='objective.kind = "text" only'):
+    with pytest.raises(DataError, match=r'objective\.kind = "text" only'):
         read_examples(tmp_path / "a.txt", objective(**LABELS))
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\xff")
     with pytest.raises(DataError, match=r"a\.txt:2: not UTF-8"):

@@ -86,7 +86,7 @@ def test_long_prompts_lose_their_beginning_but_not_the_first_token() -> None:
     (sequence,) = bound.encode([Example(prompt="0123456789", completion="abc", where="x")], source="x")
     assert sequence.tokens[0] == 0
     assert bound.tokenizer.decode(sequence.tokens[1:].tolist()) == "6789abc"
-    with pytest.raises(DataError, match="data:7.*too long"):
+    with pytest.raises(DataError, match=r"data:7.*too long"):
         bound.encode([Example(prompt="x", completion="12345678", where="data:7")], source="data")
 
 

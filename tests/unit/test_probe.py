@@ -1,0 +1,192 @@
+"""Probes: right losses, untouched weights, repeatable, cut short in order; void codes where the model breaks down."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from peerturb.codec import VOID, encode
+from peerturb.errors import DataError
+from peerturb.ids import RoundNumber, Slot
+from peerturb.zo.batch import Runner
+from peerturb.zo.data import Example
+from peerturb.zo.directions import Directions, Probes
+from peerturb.zo.objective import Objective
+from peerturb.zo.probe import ProbeEngine
+from tests.zo_models import byte_tokenizer, manifest_of, one_thread, small_model, spec_of
+
+__all__ = ["one_thread"]
+
+TEXTS = ["hello there", "to be or not", "abc", "the quick brown", "fox", "jumps over", "a lazy dog"]
+LABELS: dict[str, Any] = {"kind": "labels", "labels": {"n": " bad", "y": " good!"}, "examples_per_probe": 2}
+ROUND, SLOT = RoundNumber(4), Slot(2)
+
+
+def engine_of(
+    name: str = "llama-tied", *, dtype: torch.dtype = torch.float32, rows_max: int | None = None, **fields: Any
+) -> ProbeEngine:
+    spec = spec_of(**fields)
+    model = small_model(name)
+    manifest = manifest_of(model)
+    model = model.to(dtype)
+    objective = Objective(spec.objective, byte_tokenizer())
+    label = "y" if spec.objective.labels else ""
+    sequences = objective.encode([Example(prompt=text, label=label, where="x") for text in TEXTS], source="x")
+    return ProbeEngine(model, manifest, spec, objective, sequences, rows_max=rows_max)
+
+
+@torch.inference_mode()
+def losses_with_written_out_weights(engine: ProbeEngine, sample: int, step: float) -> float:
+    """One side of one probe the slow way: copy the model, change its weights, run each sequence."""
+    drawn = engine._drawn(ROUND, SLOT, engine.spec.round.probes_max)[sample]
+    signs = Directions(Probes.of(run_key=engine.spec.run_key, round=ROUND, slots=SLOT, samples=[sample]))
+    kept = [tensor.clone() for _, tensor in engine.runner.parameters]
+    for entry, tensor in engine.runner.parameters:
+        if entry.kind == "vector":
+            z = signs.left(entry)[0].view(entry.shape)
+        elif engine.spec.perturbation.family == "dense":
+            z = signs.dense(entry, 0).view(entry.shape)
+        else:
+            z = signs.left(entry)[0][:, None] * signs.right(entry)[0][None, :]
+        tensor.add_(step * z.to(tensor.dtype))
+    runner = Runner(engine.runner.model, engine.manifest, engine.runner.objective)
+    loss = float(runner.losses(drawn).mean())
+    for (_, tensor), value in zip(engine.runner.parameters, kept, strict=True):
+        tensor.copy_(value)
+    return loss
+
+
+@pytest.mark.parametrize("objective", [{}, LABELS, {"examples_per_probe": 3}])
+@pytest.mark.parametrize("family", ["rank1", "dense"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_losses_are_those_of_the_runs_perturbations(name: str, family: str, objective: dict[str, Any]) -> None:
+    engine = engine_of(name, dtype=torch.float64, family=family, objective=objective)
+    measured = engine.measure(ROUND, slot=SLOT)
+    for sample in range(6):
+        for side, step in ((measured.plus, 1e-3), (measured.minus, -1e-3)):
+            # Token losses are f32 in the labels' sums: 1e-6 is a few roundings.
+            assert side[sample] == pytest.approx(losses_with_written_out_weights(engine, sample, step), abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["rank1", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probes_leave_the_weights_alone_bit_for_bit(dtype: torch.dtype, family: str) -> None:
+    engine = engine_of(dtype=dtype, family=family)
+    before = {name: value.clone() for name, value in engine.runner.model.named_parameters()}
+    engine.contribute(ROUND, slot=SLOT, scale=0.05)
+    for name, value in engine.runner.model.named_parameters():
+        assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)), name
+
+
+def test_a_round_can_be_repeated_and_rounds_and_slots_differ() -> None:
+    engine = engine_of()
+    first = engine.contribute(ROUND, slot=SLOT, scale=0.01)
+    again = engine_of().contribute(ROUND, slot=SLOT, scale=0.01)
+    assert first.codes.tobytes() == again.codes.tobytes()
+    assert first.loss == again.loss
+    assert engine.contribute(RoundNumber(5), slot=SLOT, scale=0.01).codes.tobytes() != first.codes.tobytes()
+    assert engine.contribute(ROUND, slot=Slot(3), scale=0.01).codes.tobytes() != first.codes.tobytes()
+
+
+def test_the_size_of_a_forward_changes_nothing() -> None:
+    whole = engine_of(dtype=torch.float64).measure(ROUND, slot=SLOT)
+    for rows_max in (1, 2, 4, 7):
+        parts = engine_of(dtype=torch.float64, rows_max=rows_max).measure(ROUND, slot=SLOT)
+        np.testing.assert_allclose(parts.plus, whole.plus, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(parts.minus, whole.minus, rtol=0, atol=2e-6)
+        assert parts.tokens == whole.tokens
+
+
+def test_a_probe_larger_than_a_forward_is_split() -> None:
+    fields: dict[str, Any] = {"dtype": torch.float64, "objective": {"examples_per_probe": 5}}
+    whole = engine_of(**fields).measure(ROUND, slot=SLOT)
+    parts = engine_of(rows_max=4, **fields).measure(ROUND, slot=SLOT)
+    np.testing.assert_allclose(parts.plus, whole.plus, rtol=0, atol=2e-6)
+
+
+def test_codes_are_the_encoded_projected_gradients() -> None:
+    engine = engine_of()
+    measured = engine.measure(ROUND, slot=SLOT)
+    gradients = (measured.plus - measured.minus) / 2e-3
+    scale = float(np.abs(gradients).max() / 100)
+    result = engine.contribute(ROUND, slot=SLOT, scale=scale)
+    assert np.array_equal(result.codes, encode(gradients, scale))
+    assert result.codes.dtype == np.int8
+    assert np.abs(result.codes.astype(int)).max() == 100
+    assert result.loss == pytest.approx(np.concatenate([measured.plus, measured.minus]).mean())
+
+
+def test_projected_gradients_follow_the_true_gradient() -> None:
+    engine = engine_of(dtype=torch.float64, epsilon=1e-4)
+    measured = engine.measure(ROUND, slot=SLOT)
+    found = engine.projected_gradients(measured)
+    drawn = engine._drawn(ROUND, SLOT, 6)
+    model = engine.runner.model
+    for sample in range(6):
+        model.requires_grad_(True)
+        tokens = torch.from_numpy(drawn[sample][0].tokens.astype(np.int64))[None]
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).backward()
+        model.requires_grad_(False)
+        signs = Directions(Probes.of(run_key=engine.spec.run_key, round=ROUND, slots=SLOT, samples=[sample]))
+        truth = 0.0
+        for entry, tensor in engine.runner.parameters:
+            assert tensor.grad is not None
+            left = signs.left(entry)[0].double()
+            z = left.view(entry.shape) if entry.kind == "vector" else torch.outer(left, signs.right(entry)[0].double())
+            truth += float((tensor.grad * z).sum())
+        model.zero_grad()
+        assert found[sample] == pytest.approx(truth, rel=1e-3, abs=3e-3)
+
+
+def test_a_contribution_cut_short_keeps_its_first_samples() -> None:
+    whole = engine_of().measure(ROUND, slot=SLOT)
+    for allowed in range(1, 6):
+        asked = 0
+
+        def should_stop() -> bool:
+            nonlocal asked
+            asked += 1
+            return asked >= allowed  # noqa: B023 - called before the loop goes on
+
+        part = engine_of(rows_max=2).measure(ROUND, slot=SLOT, should_stop=should_stop)
+        assert len(part.plus) == len(part.minus) <= 6
+        np.testing.assert_allclose(part.plus, whole.plus[: len(part.plus)], rtol=0, atol=2e-6)
+
+
+def test_at_least_one_sample_is_measured_under_a_time_budget() -> None:
+    engine = engine_of(rows_max=2)
+    rules = engine.spec.round.model_copy(update={"budget_ms": 1})
+    engine.spec = engine.spec.model_copy(update={"round": rules})
+    assert len(engine.contribute(ROUND, slot=SLOT, scale=0.05, should_stop=lambda: True).codes) >= 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_model_sends_void_codes(value: float) -> None:
+    engine = engine_of()
+    engine.runner.model.model.norm.weight.data.fill_(value)
+    result = engine.contribute(ROUND, slot=SLOT, scale=0.05)
+    assert (result.codes == VOID).all()
+    assert np.isnan(result.loss)
+
+
+def test_memory_that_runs_out_halves_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = engine_of().measure(ROUND, slot=SLOT)
+    engine = engine_of()
+    forward = engine._forward
+
+    def small_only(round_number: Any, slot: Any, samples: Any, drawn: Any) -> Any:
+        if len(samples) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(round_number, slot, samples, drawn)
+
+    monkeypatch.setattr(engine, "_forward", small_only)
+    measured = engine.measure(ROUND, slot=SLOT)
+    np.testing.assert_allclose(measured.plus, whole.plus, rtol=0, atol=2e-6)
+    assert engine.rows_max is not None
+
+
+def test_too_few_sequences_are_an_error_at_the_start() -> None:
+    with pytest.raises(DataError, match="7 sequences, a probe needs 8"):
+        engine_of(objective={"examples_per_probe": 8})
