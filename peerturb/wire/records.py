@@ -31,7 +31,11 @@ def encode_record(record: Record) -> bytes:
     match record:
         case RoundSealed(counts=counts):
             message.alpha, message.loss, message.digest = record.alpha, record.loss, record.digest
-            message.slots.extend(record.slots)
+            bits = _slot_bits(record.slots)
+            if bits is not None:
+                message.slot_bits = bits
+            else:
+                message.slots.extend(record.slots)
             if counts.count(counts[0]) != len(counts):
                 message.counts.extend(counts)
             message.codes = record.codes
@@ -136,16 +140,22 @@ def _from_message(message: pb.Record, sealed_rounds: int) -> Record:
 
 
 def _sealed(message: pb.Record, round_: RoundNumber) -> RoundSealed:
-    slots = len(message.slots)
-    if not 1 <= slots <= limits.SESSIONS_MAX:
-        raise checks.malformed(f"a sealed round has {slots} contributions; 1 to {limits.SESSIONS_MAX} are allowed")
-    equal = (len(message.codes) // slots,) * slots
+    if len(message.slot_bits) > limits.SLOTS_MAX // 8:
+        raise checks.malformed(f"a sealed round has {len(message.slot_bits)} bytes of slot bits")
+    bits = int.from_bytes(message.slot_bits, "little")
+    contributions = len(message.slots) + bits.bit_count()
+    if not 1 <= contributions <= limits.SESSIONS_MAX:
+        raise checks.malformed(
+            f"a sealed round has {contributions} contributions; 1 to {limits.SESSIONS_MAX} are allowed"
+        )
+    slots = tuple(map(Slot, message.slots)) or _slots_of(message.slot_bits)
+    equal = (len(message.codes) // contributions,) * contributions
     record = RoundSealed(
         round=round_,
         alpha=message.alpha,
         loss=checks.loss(message.loss),
         digest=message.digest,
-        slots=tuple(map(Slot, message.slots)),
+        slots=slots,
         counts=tuple(message.counts) or equal,
         codes=message.codes,
     )
@@ -153,6 +163,23 @@ def _sealed(message: pb.Record, round_: RoundNumber) -> RoundSealed:
     if why is not None:
         raise checks.malformed(f"a sealed round {why}")
     return record
+
+
+def _slot_bits(slots: tuple[Slot, ...]) -> bytes | None:
+    """Return the slots as a bitmap, None where a packed list is at most as long."""
+    length = slots[-1] // 8 + 1
+    if length > 3 * len(slots):  # a packed slot has at most three bytes: do not build what cannot be shorter
+        return None
+    packed = sum(1 + (slot >= 1 << 7) + (slot >= 1 << 14) for slot in slots)
+    if length >= packed:
+        return None
+    return sum(1 << slot for slot in slots).to_bytes(length, "little")
+
+
+def _slots_of(bits: bytes) -> tuple[Slot, ...]:
+    return tuple(
+        Slot(8 * index + bit) for index, byte in enumerate(bits) if byte for bit in range(8) if byte >> bit & 1
+    )
 
 
 def _evaluated(message: pb.Evaluated) -> Evaluated:

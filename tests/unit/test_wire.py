@@ -106,8 +106,36 @@ def test_equal_counts_are_not_on_the_wire() -> None:
         assert decode_record(encode_record(record), sealed_rounds=4) == record
 
 
+@pytest.mark.parametrize(
+    ("slots", "is_bitmap"),
+    [
+        ((0,), False),
+        ((0, 1), True),
+        ((7, 8), False),
+        ((0, 1, 8, 15), True),
+        ((5_000, 5_001), False),
+        (tuple(range(64)), True),
+    ],
+)
+def test_slots_take_the_shorter_form(slots: tuple[int, ...], is_bitmap: bool) -> None:
+    record = RoundSealed(
+        round=RoundNumber(4),
+        alpha=0.5,
+        loss=2.0,
+        digest=9,
+        slots=tuple(map(Slot, slots)),
+        counts=(1,) * len(slots),
+        codes=bytes(len(slots)),
+    )
+    data = encode_record(record)
+    assert bool(record_pb2.Record.FromString(data).slot_bits) is is_bitmap
+    assert decode_record(data, sealed_rounds=4) == record
+
+
 def sealed(**changes: object) -> bytes:
-    fields: dict[str, object] = {"alpha": 0.5, "loss": 2.0, "digest": 9, "slots": [0, 3], "codes": b"\x01\x80\x03\xff"}
+    fields: dict[str, object] = {"alpha": 0.5, "loss": 2.0, "digest": 9, "codes": b"\x01\x80\x03\xff"}
+    if "slots" not in changes:
+        fields["slot_bits"] = b"\x09"
     return record_pb2.Record(**(fields | changes)).SerializeToString(deterministic=True)  # type: ignore[arg-type]
 
 
@@ -124,6 +152,10 @@ def test_the_plain_sealed_round_is_the_canonical_one() -> None:
         ({"slots": [0, limits.SLOTS_MAX]}, "outside"),
         ({"slots": [0, 1, 2]}, "counts of 3 in all and 4 codes"),
         ({"slots": list(range(limits.SESSIONS_MAX + 1))}, "contributions"),
+        ({"slots": [0, 3]}, "canonical"),
+        ({"slot_bits": b"\x09\x00"}, "canonical"),
+        ({"slot_bits": b"\xff" * (limits.SLOTS_MAX // 8 + 1)}, "bytes of slot bits"),
+        ({"slots": [0, 3], "slot_bits": b"\x09"}, "counts"),
         ({"counts": [2, 2]}, "canonical"),
         ({"counts": [4]}, "1 counts"),
         ({"counts": [0, 4]}, "outside"),

@@ -62,6 +62,7 @@ class Record(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     COUNTS_FIELD_NUMBER: _builtins.int
     CODES_FIELD_NUMBER: _builtins.int
+    SLOT_BITS_FIELD_NUMBER: _builtins.int
     scale: _builtins.float
     """RoundOpened. s: projected gradient per code unit, > 0."""
     deadline_ms: _builtins.int
@@ -72,6 +73,10 @@ class Record(_message.Message):
     """First four bytes, little endian, of the canonical run digest the round was measured on."""
     codes: _builtins.bytes
     """int8, two's complement, -128 void; contribution after contribution, samples ascending."""
+    slot_bits: _builtins.bytes
+    """Bit s mod 8 (lowest first) of byte s div 8 is set for every contributing slot s; no trailing zero byte. Stands for
+    `slots` exactly when it has fewer bytes than `slots` would have.
+    """
     @_builtins.property
     def run_started(self) -> Global___RunStarted: ...
     @_builtins.property
@@ -84,7 +89,7 @@ class Record(_message.Message):
     def run_finished(self) -> Global___RunFinished: ...
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """One entry per contribution, strictly ascending."""
+        """One entry per contribution, strictly ascending; absent where slot_bits is shorter."""
 
     @_builtins.property
     def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -106,10 +111,11 @@ class Record(_message.Message):
         slots: _abc.Iterable[_builtins.int] | None = ...,
         counts: _abc.Iterable[_builtins.int] | None = ...,
         codes: _builtins.bytes = ...,
+        slot_bits: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluated", b"evaluated", "kind", b"kind", "peer_joined", b"peer_joined", "peer_left", b"peer_left", "run_finished", b"run_finished", "run_started", b"run_started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "codes", b"codes", "counts", b"counts", "deadline_ms", b"deadline_ms", "digest", b"digest", "evaluated", b"evaluated", "kind", b"kind", "loss", b"loss", "peer_joined", b"peer_joined", "peer_left", b"peer_left", "run_finished", b"run_finished", "run_started", b"run_started", "scale", b"scale", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "codes", b"codes", "counts", b"counts", "deadline_ms", b"deadline_ms", "digest", b"digest", "evaluated", b"evaluated", "kind", b"kind", "loss", b"loss", "peer_joined", b"peer_joined", "peer_left", b"peer_left", "run_finished", b"run_finished", "run_started", b"run_started", "scale", b"scale", "slot_bits", b"slot_bits", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["run_started", "peer_joined", "peer_left", "evaluated", "run_finished"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
