@@ -1,6 +1,6 @@
 """What does the byte cost? Rounds to the same held-out loss, with bytes against the same run with f32 scalars.
 
-Both arms of a seed see the same perturbations and the same sequences in every round, so they differ only by what the
+All arms of a seed see the same perturbations and the same sequences in every round, so they differ only by what the
 codec does: rounding, clipping, and the scale finding its way from its initial value. It knows nothing of the network.
 """
 
@@ -35,8 +35,9 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t for a two-sided 95 % interval with 1, 2, ... degrees of freedom."""
 
 Curve = NDArray[np.float64]
-Arm = Literal["f32", "byte"]
-ARMS: tuple[Arm, ...] = ("f32", "byte")
+Arm = Literal["f32", "byte", "settled"]
+"""f32 scalars; bytes as the product sends them; bytes whose scale is right from round 0 on."""
+ARMS: tuple[Arm, ...] = ("f32", "byte", "settled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +63,12 @@ QUICK = Plan(seeds=2, rounds=16, target_round=12, every=2, probes=16, heldout=64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """The held-out losses of one seed's two runs: before round 0, and then every `Plan.every` rounds."""
+class Runs:
+    """The held-out losses of one seed's runs: before round 0, and then every `Plan.every` rounds."""
 
-    byte: Curve
     f32: Curve
+    byte: Curve
+    settled: Curve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,7 @@ class TargetMissedError(PeerturbError):
 
 
 def run(quick: bool = False) -> list[Row]:
-    """Train all seeds with both exchanges, in as many as WORKERS processes.
+    """Train every seed in every arm, in as many as WORKERS processes.
 
     Raises:
         TargetMissedError: see there.
@@ -100,8 +102,11 @@ def run(quick: bool = False) -> list[Row]:
         for future in as_completed(futures):
             name, curves[futures[future]] = future.result()
             progress.advance(task)
-    pairs = [Pair(byte=curves[seed, "byte"], f32=curves[seed, "f32"]) for seed in range(plan.seeds)]
-    return rows(plan, pairs, name=name)
+    runs = [
+        Runs(f32=curves[seed, "f32"], byte=curves[seed, "byte"], settled=curves[seed, "settled"])
+        for seed in range(plan.seeds)
+    ]
+    return rows(plan, runs, name=name)
 
 
 def train(plan: Plan, *, seed: int, arm: Arm) -> tuple[str, Curve]:
@@ -114,7 +119,7 @@ def train(plan: Plan, *, seed: int, arm: Arm) -> tuple[str, Curve]:
 def losses(case: Case, plan: Plan, *, seed: int, arm: Arm) -> Curve:
     """Return the held-out loss before round 0 and after every `plan.every` rounds of one run."""
     spec = case.run_spec(seed=seed, probes_max=plan.probes)
-    exchange: Exchange = ByteExchange(spec) if arm == "byte" else FloatExchange()
+    exchange: Exchange = FloatExchange() if arm == "f32" else ByteExchange(spec, is_settled=arm == "settled")
     with Trainer(case, exchange, spec) as trainer:
         found = [trainer.heldout_loss()]
         for number in range(1, plan.rounds + 1):
@@ -124,32 +129,45 @@ def losses(case: Case, plan: Plan, *, seed: int, arm: Arm) -> Curve:
     return np.array(found)
 
 
-def rows(plan: Plan, pairs: Sequence[Pair], *, name: str) -> list[Row]:
+def rows(plan: Plan, runs: Sequence[Runs], *, name: str) -> list[Row]:
     """Compare the arms seed by seed: the median ratio of rounds, its spread, and the losses at the end."""
-    target = max(float(smoothed(pair.f32)[plan.target_round // plan.every]) for pair in pairs)
-    reached = [(_rounds(pair.byte, target, plan), _rounds(pair.f32, target, plan)) for pair in pairs]
-    ratios = [byte / f32 for byte, f32 in reached]
+    target = max(float(smoothed(run.f32)[plan.target_round // plan.every]) for run in runs)
+    f32 = [_rounds(run.f32, target, plan) for run in runs]
+    byte = [_rounds(run.byte, target, plan) for run in runs]
+    settled = [_rounds(run.settled, target, plan) for run in runs]
+    ratios = [ours / theirs for ours, theirs in zip(byte, f32, strict=True)]
     spread = interval([math.log(ratio) for ratio in ratios])
-    ends = interval([float(pair.byte[-1] / pair.f32[-1]) - 1 for pair in pairs])
-    start = float(np.median([pair.f32[0] for pair in pairs]))
-    each = [
-        Row(name=f"seed {seed}", value=byte, unit="rounds", reference=f32, ratio=byte / f32)
-        for seed, (byte, f32) in enumerate(reached)
-    ]
-    byte_median, f32_median = (float(np.median(column)) for column in zip(*reached, strict=True))
+    from_settled = interval([math.log(ours / theirs) for ours, theirs in zip(settled, f32, strict=True)])
+    ends = interval([100 * (float(run.byte[-1] / run.f32[-1]) - 1) for run in runs])
+    start = float(np.median([run.f32[0] for run in runs]))
+    middle = float(np.median(f32))
     return [
-        _ratio("rounds to target, median of seeds", float(np.median(ratios))),
-        _ratio("rounds to target, mean of seeds", math.exp(spread.mean)),
-        _ratio("rounds to target, mean, 95 % low", math.exp(spread.low)),
-        _ratio("rounds to target, mean, 95 % high", math.exp(spread.high)),
-        Row(
-            name="byte, median", value=byte_median, unit="rounds", reference=f32_median, ratio=byte_median / f32_median
+        _ratio("rounds to target", float(np.median(ratios))),
+        _ratio("rounds to target, mean", math.exp(spread.mean)),
+        _ratio("rounds to target, 95 % low", math.exp(spread.low)),
+        _ratio("rounds to target, 95 % high", math.exp(spread.high)),
+        _ratio("settled scale, mean", math.exp(from_settled.mean)),
+        _ratio("settled scale, 95 % low", math.exp(from_settled.low)),
+        _ratio("settled scale, 95 % high", math.exp(from_settled.high)),
+        Row(name="f32, median", value=middle, unit="rounds"),
+        *(
+            Row(
+                name=f"{arm}, median",
+                value=float(np.median(found)),
+                unit="rounds",
+                reference=middle,
+                ratio=float(np.median(found)) / middle,
+            )
+            for arm, found in (("byte", byte), ("settled", settled))
         ),
-        *each,
-        Row(name=f"target loss, {name}", value=target, unit="nats", reference=start, ratio=target / start),
-        Row(name=f"loss after {plan.rounds} rounds, byte above f32, mean", value=100 * ends.mean, unit="%"),
-        Row(name=f"loss after {plan.rounds} rounds, mean, 95 % low", value=100 * ends.low, unit="%"),
-        Row(name=f"loss after {plan.rounds} rounds, mean, 95 % high", value=100 * ends.high, unit="%"),
+        *(
+            Row(name=f"seed {seed}", value=ours, unit="rounds", reference=theirs, ratio=ours / theirs)
+            for seed, (ours, theirs) in enumerate(zip(byte, f32, strict=True))
+        ),
+        Row(name="byte's last loss above f32's", value=ends.mean, unit="%"),
+        Row(name="last loss, 95 % low", value=ends.low, unit="%"),
+        Row(name="last loss, 95 % high", value=ends.high, unit="%"),
+        Row(name=f"target, {name}", value=target, unit="nats", reference=start, ratio=target / start),
     ]
 
 

@@ -143,13 +143,21 @@ class Exchange(Protocol):
 
 
 class ByteExchange:
-    """The product: int8 codes in units of a shared scale that follows the sealed codes."""
+    """The product: int8 codes in units of a shared scale that follows the sealed codes.
 
-    def __init__(self, spec: RunSpec) -> None:
+    Args:
+        is_settled: start from the scale that suits round 0 instead of the RunSpec's, to tell what finding it costs.
+    """
+
+    def __init__(self, spec: RunSpec, *, is_settled: bool = False) -> None:
         self.scale = float(np.float32(spec.perturbation.initial_scale))
+        self._is_settled = is_settled
 
     def step(self, round: Round) -> None:
         """See `Exchange`."""
+        if self._is_settled and round.number == 0:
+            gradients = np.concatenate(_measured(round))
+            self.scale = float(np.float32(np.sqrt(np.nanmean(gradients**2)) / codec.TARGET_RMS))
         codes = [
             engine.contribute(round.number, slot=Slot(slot), scale=self.scale).codes
             for slot, engine in enumerate(round.engines)
@@ -179,14 +187,19 @@ class FloatExchange:
 
     def step(self, round: Round) -> None:
         """See `Exchange`."""
-        measured = [
-            engine.projected_gradients(engine.measure(round.number, slot=Slot(slot)))
-            for slot, engine in enumerate(round.engines)
-        ]
+        measured = _measured(round)
         gradients = np.concatenate(measured)
         if self._noise:
             gradients *= 1 + self._noise * self._generator.standard_normal(len(gradients))
         apply_floats(round, [len(part) for part in measured], gradients.astype(np.float32))
+
+
+def _measured(round: Round) -> list[NDArray[np.float64]]:
+    """Return every slot's projected gradients."""
+    return [
+        engine.projected_gradients(engine.measure(round.number, slot=Slot(slot)))
+        for slot, engine in enumerate(round.engines)
+    ]
 
 
 def apply_floats(round: Round, counts: Sequence[int], gradients: NDArray[np.float32]) -> None:

@@ -17,8 +17,9 @@ from peerturb.zo.directions import Probes as Noise
 from peerturb.zo.directions import left_signs, right_signs
 from peerturb.zo.update import apply_update
 from peerturb_bench import byte
-from peerturb_bench.byte import Arm, Pair, Plan, interval, rounds_to, rows, smoothed
+from peerturb_bench.byte import Arm, Plan, Runs, interval, rounds_to, rows, smoothed
 from peerturb_bench.cli import BENCHMARKS
+from peerturb_bench.rows import Row
 from peerturb_bench.single import ByteExchange, Case, FloatExchange, Round, Trainer, apply_floats, demo_case
 
 MANIFEST: Manifest = (
@@ -178,6 +179,14 @@ def test_the_scale_follows_the_codes_and_noise_moves_the_yardstick(case: Case) -
         trainer.step()
         assert exchange.scale != before
         assert trainer.round_number == 1
+    settled = ByteExchange(spec, is_settled=True)
+    with Trainer(case, settled, spec) as trainer:
+        trainer.step()
+    again = ByteExchange(spec)
+    again.scale = settled.scale
+    with Trainer(case, again, spec) as trainer:
+        trainer.step()
+    assert again.scale == pytest.approx(settled.scale, rel=0.02)  # where the gain rests
     ends = []
     for noise in (0.0, 0.1):
         with Trainer(case, FloatExchange(noise=noise), spec) as trainer:
@@ -215,29 +224,37 @@ def test_an_interval_is_students() -> None:
     assert 3 - found.low == pytest.approx(found.high - 3)
 
 
+def _runs(*, byte: float = 1.0, settled: float = 1.0) -> Runs:
+    return Runs(f32=_falling(40), byte=_falling(40, slower=byte), settled=_falling(40, slower=settled))
+
+
+def _table(*runs: Runs) -> dict[str, Row]:
+    return {row.name: row for row in rows(PLAN, runs, name="a line")}
+
+
 def test_equal_arms_have_the_ratio_one() -> None:
-    table = {row.name: row for row in rows(PLAN, [Pair(byte=_falling(40), f32=_falling(40))] * 2, name="a line")}
-    head = table["rounds to target, median of seeds"]
+    table = _table(_runs(), _runs())
+    head = table["rounds to target"]
     assert head.value == pytest.approx(1)
     assert head.reference == 1.01
     assert head.ratio == pytest.approx(1 / 1.01)
+    assert table["f32, median"].value == pytest.approx(32)
     assert table["byte, median"].value == pytest.approx(32)
-    assert table["loss after 40 rounds, byte above f32, mean"].value == pytest.approx(0)
+    assert table["byte's last loss above f32's"].value == pytest.approx(0)
 
 
 def test_a_slower_arm_is_seen_for_what_it_is() -> None:
-    pairs = [Pair(byte=_falling(40, slower=slower), f32=_falling(40)) for slower in (1.05, 1.15)]
-    table = {row.name: row for row in rows(PLAN, pairs, name="a line")}
-    assert table["rounds to target, median of seeds"].value == pytest.approx(1.10)
+    table = _table(_runs(byte=1.05), _runs(byte=1.15, settled=1.02))
+    assert table["rounds to target"].value == pytest.approx(1.10)
     assert table["seed 1"].ratio == pytest.approx(1.15)
-    assert table["rounds to target, mean, 95 % high"].value > 1.15
-    assert table["loss after 40 rounds, byte above f32, mean"].value > 0
+    assert table["rounds to target, 95 % high"].value > 1.15
+    assert table["byte's last loss above f32's"].value > 0
+    assert table["settled scale, mean"].value == pytest.approx(math.sqrt(1.02))
 
 
 def test_an_arm_that_never_arrives_is_an_error() -> None:
-    pairs = [Pair(byte=_falling(40, slower=2), f32=_falling(40))] * 2
     with pytest.raises(byte.TargetMissedError, match="after 40 rounds"):
-        rows(PLAN, pairs, name="a line")
+        _table(_runs(byte=2), _runs())
 
 
 def test_the_benchmark_is_listed() -> None:
