@@ -72,11 +72,12 @@ def test_the_log_holds_the_rounds_and_gives_the_model(out: Path, summary: dict[s
     log = str(out / "demo.runlog")
     verified = peerturb("log", "verify", log, "--json")
     assert verified.returncode == 0, verified.stdout + verified.stderr
-    exported = peerturb("log", "export", log, "--base", str(out / "base"), "--out", str(tmp_path / "again"))
+    found = json.loads(verified.stdout)
+    assert (found["rounds"], found["probes"]) == (summary["rounds"], summary["probes"])
+    exported = peerturb("log", "export", log, "--model", str(out / "base"), "--out", str(tmp_path / "again"))
     assert exported.returncode == 0, exported.stdout + exported.stderr
     assert are_same_models(out / "model", tmp_path / "again")
     assert not are_same_models(out / "model", out / "base")
-    assert summary["probes"] > 0
 
 
 def test_the_model_loads_as_any_hugging_face_model(out: Path) -> None:

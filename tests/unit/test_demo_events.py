@@ -150,3 +150,21 @@ def test_speed_is_that_of_the_last_rounds() -> None:
         story.at_s = round * (2.0 if round < 15 else 0.5)
         tell(story, "node-1", round, 1)
     assert story.rounds_per_s == pytest.approx(2.0)
+
+
+def test_being_turned_away_is_told_once() -> None:
+    story = Story()
+    story.add_peer("node-1", pid=1)
+    for _ in range(3):
+        story.take("node-1", {"event": "joined", "slot": 0})
+        story.take("node-1", {"event": "disconnected", "why": "strange bytes"})
+    assert [entry.text for entry in story.entries] == ["node-1 was turned away: strange bytes"]
+
+
+def test_losing_the_connection_in_the_middle_of_training_is_a_state_and_no_complaint() -> None:
+    story = begin(nodes=1)
+    tell(story, "node-1", 1, 1)
+    before = len(story.entries)
+    story.take("node-1", {"event": "disconnected", "why": "the coordinator restarts"})
+    assert story.peers["node-1"].state == "reconnecting"
+    assert len(story.entries) == before

@@ -43,11 +43,22 @@ AFTER = Verdict(
 )  # fmt: skip
 
 
-def make_summary(story: Story, *, is_replay_equal: bool = True) -> Summary:
+def make_summary(story: Story, *, is_replay_equal: bool = True, rounds_logged: int | None = None) -> Summary:
+    rounds = story.round if rounds_logged is None else rounds_logged
     return summarize(
-        story, BEFORE, AFTER, nodes=4, seconds=60.0, training_seconds=40.0, is_replay_equal=is_replay_equal,
-        model_dir=Path("out/model"), log_file=Path("out/demo.runlog"), report_file=Path("out/report.html"),
-    )  # fmt: skip
+        story,
+        BEFORE,
+        AFTER,
+        nodes=4,
+        rounds_logged=rounds,
+        probes_logged=story.probes,
+        seconds=60.0,
+        training_seconds=40.0,
+        is_replay_equal=is_replay_equal,
+        model_dir=Path("out/model"),
+        log_file=Path("out/demo.runlog"),
+        report_file=Path("out/report.html"),
+    )
 
 
 def test_summary_json_holds_the_promised_fields_with_the_measured_values(tmp_path: Path) -> None:
@@ -71,7 +82,7 @@ def test_figures_that_do_not_exist_become_null(tmp_path: Path) -> None:
     assert document["digests_equal"] is False
 
 
-@pytest.mark.parametrize("flaw", ["digest", "replay", "lost round", "worse"])
+@pytest.mark.parametrize("flaw", ["digest", "replay", "lost round", "short log", "worse"])
 def test_each_flaw_makes_the_run_not_good_and_is_on_both_pages(flaw: str, tmp_path: Path) -> None:
     story = demo_story.whole(40)
     if flaw == "digest":
@@ -79,7 +90,7 @@ def test_each_flaw_makes_the_run_not_good_and_is_on_both_pages(flaw: str, tmp_pa
         demo_story.tell(story, "node-2", 41, 2, digest="deadbeef")
     if flaw == "lost round":
         demo_story.tell(story, "node-1", 43, 1)
-    summary = make_summary(story, is_replay_equal=flaw != "replay")
+    summary = make_summary(story, is_replay_equal=flaw != "replay", rounds_logged=39 if flaw == "short log" else None)
     if flaw == "worse":
         summary = replace(summary, loss_after=1.5)
     assert not is_good(summary)

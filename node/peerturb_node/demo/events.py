@@ -164,7 +164,11 @@ class Story:
                 if peer.join_s is None:
                     peer.join_s = _number(event.get("seconds"))
             case "disconnected":
+                if peer.state == "joining":  # one that trains is only cut off for a while: its state says so
+                    self._complain(f"{name} was turned away: {event.get('why')}")
                 peer.state = "reconnecting"
+            case "refused":
+                self._complain(f"{name} was refused: {event.get('why')}")
             case "measured":
                 peer.measured[_integer(event.get("round"), -1)] = _integer(event.get("codes"), 0)
             case "rebuild":
@@ -176,6 +180,11 @@ class Story:
                 self._take_eval(event)
             case "stop":
                 peer.state = "stopped"
+
+    def _complain(self, text: str) -> None:
+        """Add a line to the timeline unless it is there already."""
+        if all(entry.text != text for entry in self.entries):
+            self.say(text, tone="bad", is_phase=False)
 
     def _take_round(self, peer: Peer, event: Mapping[str, Any]) -> None:
         round = _integer(event.get("round"), -1)

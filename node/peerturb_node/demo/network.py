@@ -132,9 +132,9 @@ class Network:
         await self._coordinator.end(signal.SIGKILL, timeout_s=STOP_S)
 
     @property
-    def are_nodes_done(self) -> bool:
-        """Whether every node that was not killed has left by itself."""
-        return all(child.code is not None for child in self._nodes.values())
+    def is_run_over(self) -> bool:
+        """Whether a node has left by itself, which it does when the run has no more rounds."""
+        return any(child.code == 0 for child in self._nodes.values())
 
     async def stop_coordinator(self) -> None:
         """Stop the coordinator in order."""

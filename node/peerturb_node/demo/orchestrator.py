@@ -4,8 +4,10 @@ It decides when what happens; processes are `network`'s, figures `events`', page
 """
 
 import asyncio
+import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,7 +141,7 @@ class Demo:
         )
         if options.has_chaos:
             await self._break_things(network, files)
-        await self._until(lambda: self._progress >= 1 or network.are_nodes_done)
+        await self._until(lambda: self._seconds_left <= 0 or network.is_run_over)
         return await self._finish(folder, family, network, files, await before)
 
     async def _break_things(self, network: Network, files: TaskFiles) -> None:
@@ -153,10 +155,10 @@ class Demo:
         story.killed += 1
         story.mark("kill", f"{victim} killed")
         story.say(f"{victim} killed with SIGKILL; the round seals without it", tone="act")
-        await self._until(lambda: story.round >= killed_after + SURVIVE_ROUNDS or network.are_nodes_done)
+        await self._until(lambda: story.round >= killed_after + SURVIVE_ROUNDS or network.is_run_over)
         story.say(f"{newcomer} starts as a new process, with the base weights only", tone="act")
         peer = await network.start_node(newcomer, files.train[options.nodes], is_late=True)
-        await self._until(lambda: peer.rounds_part >= 1 or network.are_nodes_done)
+        await self._until(lambda: peer.rounds_part >= 1 or network.is_run_over)
         if not peer.rounds_part:
             story.say(f"the run ended before {newcomer} was ready", tone="bad", is_phase=False)
             return
@@ -177,7 +179,7 @@ class Demo:
         await network.start_coordinator()
         story.coordinator_restarts += 1
         story.say("the coordinator is back on its log; the nodes come back by themselves")
-        await self._until(lambda: story.round >= announced + SURVIVE_ROUNDS or network.are_nodes_done)
+        await self._until(lambda: story.round >= announced + SURVIVE_ROUNDS or network.is_run_over)
         lost = sum(peer.disorder for peer in story.peers.values())
         if lost:
             story.say(f"{lost} rounds were lost or seen twice", tone="bad")
@@ -191,47 +193,39 @@ class Demo:
         training_s = story.at_s - self._training_s
         story.say(f"training is done after {story.round} rounds; the processes stop in order")
         # The coordinator first: nodes then hold every sealed round, and none is sealed behind a stopping node's back.
-        if not network.are_nodes_done and story.round < (story.rounds_planned or story.round + 1):
-            await network.stop_coordinator()
-        else:
-            await self._until(lambda: network.are_nodes_done)
-            await network.stop_coordinator()
+        await network.stop_coordinator()
         await network.stop_nodes()
         story.say("replaying the log on the base weights, to compare it with a live node's model")
-        shutil.copyfile(local_log(folder.nodes / node_name(0)), folder.log)
+        await self._tool(family, "log-export", "export", str(folder.coordinator), "--out", str(folder.log))
         judge = await self._start_judge(family, "examples-after", folder.model, folder, files)
-        replay = await family.start(
-            "replay",
-            peerturb("log", "export", str(folder.log), "--base", str(folder.base), "--out", str(folder.replayed)),
-        )
-        await self._finished(replay)
+        verified = json.loads(await self._tool(family, "log-verify", "verify", str(folder.log), "--json"))
+        to_model = ("--model", str(folder.base), "--out", str(folder.replayed), "--device", "cpu")
+        await self._tool(family, "log-replay", "export", str(folder.log), *to_model)
         is_equal = are_same_models(folder.model, folder.replayed)
         if is_equal:
             story.say("base weights + log = the live node's model, byte for byte", tone="good")
         else:
-            story.say("replaying the log does NOT give the live node's weights", tone="bad")
-        story.say("asking the fine-tuned model", is_phase=True)
+            story.say("replaying the log does NOT give the live node's model", tone="bad")
         after = await self._verdict(judge)
-        return self._write(folder, before, after, is_equal=is_equal, training_s=training_s)
-
-    def _write(
-        self, folder: DemoFolder, before: Verdict, after: Verdict, *, is_equal: bool, training_s: float
-    ) -> Result:
         self._tick()
-        self._story.say(f"held-out accuracy {100 * before.accuracy:.1f} % → {100 * after.accuracy:.1f} %", tone="good")
+        story.say(f"held-out accuracy {100 * before.accuracy:.1f} % → {100 * after.accuracy:.1f} %", tone="good")
         summary = summarize(
-            self._story,
+            story,
             before,
             after,
             nodes=self._options.nodes,
-            seconds=self._story.at_s,
+            rounds_logged=verified["rounds"],
+            probes_logged=verified["probes"],
+            seconds=story.at_s,
             training_seconds=training_s,
             is_replay_equal=is_equal,
             model_dir=folder.model,
             log_file=folder.log,
             report_file=folder.report,
         )
-        examples = choose(before, after, EXAMPLES_SHOWN)
+        return self._write(folder, summary, choose(before, after, EXAMPLES_SHOWN))
+
+    def _write(self, folder: DemoFolder, summary: Summary, examples: list[tuple[Answer, Answer]]) -> Result:
         commands = next_steps(folder)
         when = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
         write_report(folder.report, self._story, summary, examples, commands, when=when)
@@ -254,11 +248,17 @@ class Demo:
 
     async def _start_judge(self, family: Family, name: str, model: Path, folder: DemoFolder, files: TaskFiles) -> Child:
         arguments = ("--model", str(model), "--spec", str(folder.run_file), "--data", str(files.heldout))
-        return await family.start(name, [*peerturb_examples(), *arguments])
+        return await family.start(name, [sys.executable, "-m", "peerturb_node.demo.examples", *arguments])
+
+    async def _tool(self, family: Family, name: str, *arguments: str) -> str:
+        """Run `peerturb log ARGUMENTS` and return what it printed."""
+        child = await family.start(name, peerturb("log", *arguments))
+        await self._finished(child)
+        return child.output()
 
     async def _verdict(self, judge: Child) -> Verdict:
         await self._finished(judge)
-        return Verdict.from_json(judge.log.with_suffix(".out").read_text(encoding="utf-8"))
+        return Verdict.from_json(judge.output())
 
     async def _first_verdict(self, judge: Child) -> Verdict:
         verdict = await self._verdict(judge)
@@ -273,8 +273,8 @@ class Demo:
 
     async def _reached(self, share: float, network: Network) -> bool:
         """Wait for a share of the run; False if the run is over first."""
-        await self._until(lambda: self._progress >= share or network.are_nodes_done)
-        return not network.are_nodes_done
+        await self._until(lambda: self._progress >= share or network.is_run_over)
+        return not network.is_run_over
 
     @property
     def _progress(self) -> float:
@@ -282,6 +282,10 @@ class Demo:
         story = self._story
         by_rounds = story.round / story.rounds_planned if story.rounds_planned else 0.0
         return max(by_rounds, (story.at_s - self._training_s) / self._options.seconds)
+
+    @property
+    def _seconds_left(self) -> float:
+        return self._training_s + self._options.seconds - self._story.at_s
 
     async def _until(self, is_so: Callable[[], bool]) -> None:
         """Wait for something that comes with new rounds.
@@ -307,31 +311,23 @@ def node_name(index: int) -> str:
     return f"node-{index + 1}"
 
 
-def local_log(state: Path) -> Path:
-    """Return the run log that a node kept in its state folder.
-
-    Raises:
-        ChildError: there is none.
-    """
-    found = sorted(state.glob("run-*/local.runlog"))
-    if not found:
-        raise ChildError(f"{state} holds no run log; the node that should have kept it never joined")
-    return found[0]
-
-
-def peerturb_examples() -> list[str]:
-    """Return the command line of the process that asks a model."""
-    return [*peerturb()[:1], "-m", "peerturb_node.demo.examples"]
-
-
 def next_steps(folder: DemoFolder) -> list[tuple[str, str]]:
     """Return what a person can do with the results."""
     log, base, model = folder.log, folder.base, folder.model / "model.safetensors"
+    program = command_name()
     return [
-        ("verify", f"peerturb log verify {log}"),
-        ("replay", f"peerturb log export {log} --base {base} --out replayed"),
+        ("verify", f"{program} log verify {log}"),
+        ("replay", f"{program} log export {log} --model {base} --out replayed"),
         ("compare", f"cmp replayed/model.safetensors {model}"),
     ]
+
+
+def command_name() -> str:
+    """Return how `peerturb` is called from here: by its path where it is not on the user's PATH."""
+    if shutil.which("peerturb"):
+        return "peerturb"
+    script = Path(sys.executable).with_name("peerturb")
+    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def child_environment(nodes: int) -> dict[str, str]:

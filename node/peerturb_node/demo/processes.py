@@ -73,6 +73,10 @@ class Child:
         assert self.code is not None
         return self.code
 
+    def output(self) -> str:
+        """Return everything it has printed on standard output."""
+        return self.log.with_suffix(".out").read_text(encoding="utf-8")
+
     def obituary(self) -> str:
         """Return a message about an unexpected end, with the last lines of the log."""
         how = f"signal {Signals(-self.code).name}" if self.code and self.code < 0 else f"exit code {self.code}"

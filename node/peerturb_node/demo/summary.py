@@ -52,7 +52,7 @@ class Summary:
     digest_rounds_compared: int
     replay_equal: bool
     rounds_lost: int
-    """Rounds any node skipped or saw twice: 0 if every announced round survived."""
+    """Rounds that a node skipped, saw twice, or saw and the log lacks: 0 if every announced round survived."""
     killed: int
     joined: int
     coordinator_restarts: int
@@ -77,6 +77,8 @@ def summarize(
     after: Verdict,
     *,
     nodes: int,
+    rounds_logged: int,
+    probes_logged: int,
     seconds: float,
     training_seconds: float,
     is_replay_equal: bool,
@@ -93,8 +95,8 @@ def summarize(
         accuracy_after=after.accuracy,
         loss_before=before.loss,
         loss_after=after.loss,
-        rounds=story.round,
-        probes=story.probes,
+        rounds=rounds_logged,
+        probes=probes_logged,
         seconds=round(seconds, 1),
         training_seconds=round(training_seconds, 1),
         bytes_up_per_code=round(story.bytes_up_per_code, 4),
@@ -110,7 +112,7 @@ def summarize(
         digests_equal=story.are_digests_equal and is_replay_equal,
         digest_rounds_compared=story.compared,
         replay_equal=is_replay_equal,
-        rounds_lost=sum(peer.disorder for peer in peers),
+        rounds_lost=sum(peer.disorder for peer in peers) + max(0, story.round - rounds_logged),
         killed=story.killed,
         joined=story.joined,
         coordinator_restarts=story.coordinator_restarts,
