@@ -118,7 +118,8 @@ class ObjectiveSpec(Section):
         if self.kind == "completion" and not self.completion:
             raise ValueError('kind = "completion" needs `completion`, for instance completion = " {answer}"')
         if self.kind == "labels" and len(self.labels) < 2:
-            raise ValueError('kind = "labels" needs at least two `labels`, for instance labels = {0 = " bad", 1 = " good"}')
+            example = 'labels = {0 = " bad", 1 = " good"}'
+            raise ValueError(f'kind = "labels" needs at least two `labels`, for instance {example}')
         return self
 
 
