@@ -109,6 +109,12 @@ def coordinator(folder: Path, spec_file: Path, *flags: str, **options: Any) -> I
             process.kill()
 
 
+def slots_of(record: record_pb2.Record) -> list[int]:
+    """Return a sealed round's slots, however they are written."""
+    bits = int.from_bytes(record.slot_bits, "little")
+    return [*record.slots, *(slot for slot in range(bits.bit_length()) if bits >> slot & 1)]
+
+
 class LightPeer:
     """A peer that reads the wire with its own eyes."""
 

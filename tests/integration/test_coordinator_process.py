@@ -27,6 +27,7 @@ from tests.integration.coordinator_process import (
     coordinator,
     eventually,
     limit_file_size,
+    slots_of,
     stub_for,
     write_spec,
 )
@@ -221,7 +222,7 @@ async def test_sixty_four_peers_fit_into_memory_and_no_torch_is_loaded(tmp_path:
             peers = [await LightPeer(process.spec, stub, seed=seed).join() for seed, stub in enumerate(stubs)]
             await asyncio.gather(*(peer.take_part(30, codes=b"\x03" * 64) for peer in peers))
             sealed = [record for record in peers[0].records if record.codes]
-            assert len(sealed[-1].slots) == 64
+            assert slots_of(sealed[-1]) == list(range(64))
             told = psutil.Process(process.process.pid)
             assert told.memory_info().rss < MEMORY_BYTES_MAX
             assert not [item.path for item in told.memory_maps() if "torch" in item.path]
