@@ -102,6 +102,14 @@ async def test_an_unexpected_end_is_told_with_the_end_of_the_log(tmp_path: Path)
     assert "line 20" not in str(error.value)
 
 
+async def test_a_tool_may_end_whenever_it_is_done(tmp_path: Path) -> None:
+    async with Family(tmp_path, {}) as family:
+        child = await family.start("tool", [sys.executable, "-c", "print('result')"], is_tool=True)
+        await child.wait(timeout_s=60)
+        family.raise_for_dead()
+    assert child.output() == "result\n"
+
+
 async def test_a_death_by_signal_is_named(tmp_path: Path) -> None:
     async with Family(tmp_path, {}) as family:
         child = await family.start("sleeper", SLEEPER)

@@ -1,5 +1,6 @@
 """`peerturb demo`: a network of real processes on this computer, from nothing to a fine-tuned model."""
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -60,7 +61,9 @@ def play(options: "Options", story: "Story", stream: TextIO, *, as_json: bool) -
     try:
         result = run_until_signal(Demo(options, story, view).run())
     finally:
-        view.close()
+        # The terminal itself may be what has gone.
+        with contextlib.suppress(OSError):
+            view.close()
     if as_json:
         stream.write(json.dumps({"event": "summary", **asdict(result.summary)}) + "\n")
     else:

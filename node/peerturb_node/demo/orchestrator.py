@@ -248,11 +248,11 @@ class Demo:
 
     async def _start_judge(self, family: Family, name: str, model: Path, folder: DemoFolder, files: TaskFiles) -> Child:
         arguments = ("--model", str(model), "--spec", str(folder.run_file), "--data", str(files.heldout))
-        return await family.start(name, [sys.executable, "-m", "peerturb_node.demo.examples", *arguments])
+        return await family.start(name, [sys.executable, "-m", "peerturb_node.demo.examples", *arguments], is_tool=True)
 
     async def _tool(self, family: Family, name: str, *arguments: str) -> str:
         """Run `peerturb log ARGUMENTS` and return what it printed."""
-        child = await family.start(name, peerturb("log", *arguments))
+        child = await family.start(name, peerturb("log", *arguments), is_tool=True)
         await self._finished(child)
         return child.output()
 
@@ -267,7 +267,6 @@ class Demo:
         return verdict
 
     async def _finished(self, child: Child) -> None:
-        child.is_expected_to_end = True
         if await child.wait(timeout_s=STEP_TIMEOUT_S) != 0:
             raise ChildError(child.obituary())
 

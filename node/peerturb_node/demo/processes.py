@@ -107,10 +107,18 @@ class Family:
         if self.children:
             await asyncio.wait([asyncio.ensure_future(child.wait(timeout_s=5.0)) for child in self.children])
 
-    async def start(self, name: str, command: Sequence[str], *, on_line: Callable[[str], None] | None = None) -> Child:
+    async def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        on_line: Callable[[str], None] | None = None,
+        is_tool: bool = False,
+    ) -> Child:
         """Start `command` in its own process group; standard error goes to `logs/NAME.log`.
 
         Standard output goes line by line to `on_line` and to `logs/NAME.out`. A second child of the same name appends.
+        A tool is expected to end by itself; whoever started it looks at its exit code.
 
         Raises:
             ChildError: it could not be started.
@@ -133,6 +141,7 @@ class Family:
         assert process.stdout is not None
         copy = (self._logs / f"{name}.out").open("ab")
         child = Child(name, process, log, asyncio.create_task(_read(process.stdout, copy, on_line)))
+        child.is_expected_to_end = is_tool
         self.children.append(child)
         return child
 
