@@ -178,11 +178,11 @@ class ProbeEngine:
     ) -> Measurement:
         """Measure samples 0..count-1, or as many of them as there is time for."""
         count = self.spec.round.probes_max if count is None else count
-        drawn = self._drawn(round_number, slot, count)
+        drawn = self.drawn(round_number, slot, count)
         plus, minus = np.full(count, np.nan), np.full(count, np.nan)
         is_done = np.zeros(count, dtype=np.bool_)
         tokens = 0
-        for samples in self._micro_batches(drawn):
+        for samples in self.micro_batches(drawn):
             if is_done.any() and should_stop():
                 break
             losses = self._losses(round_number, slot, samples, drawn)
@@ -238,7 +238,7 @@ class ProbeEngine:
             return FactorSigns(self._factors, probes, device)
         return Directions(probes, device)
 
-    def _micro_batches(self, drawn: list[list[TokenSequence]]) -> Iterator[NDArray[np.int64]]:
+    def micro_batches(self, drawn: list[list[TokenSequence]]) -> Iterator[NDArray[np.int64]]:
         """Yield groups of samples, of similar length, such that a group's rows fit one forward."""
         lengths = np.array([max(len(sequence.tokens) for sequence in sequences) for sequences in drawn])
         rows_per_sample = 2 * self.spec.objective.examples_per_probe * self.runner.objective.per_example
@@ -264,7 +264,8 @@ class ProbeEngine:
         logits = scored * self._vocabulary * 4
         return max(1, min(FORWARD_TOKENS[kind] // longest, LOGIT_BYTES_MAX[kind] // logits))
 
-    def _drawn(self, round_number: RoundNumber, slot: Slot, count: int) -> list[list[TokenSequence]]:
+    def drawn(self, round_number: RoundNumber, slot: Slot, count: int) -> list[list[TokenSequence]]:
+        """Return the sequences of samples 0..count-1 of a round."""
         draw = self._draw_for(slot)
         return [[self.sequences[index] for index in draw.indices(int(round_number), sample)] for sample in range(count)]
 

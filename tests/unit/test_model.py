@@ -110,7 +110,7 @@ def test_weights_are_the_models_own(folder: Path) -> None:
     weights = trainable_weights(model, manifest)
     assert list(weights) == [entry.name for entry in manifest]
     weights["lm_head.weight"].fill_(0.25)
-    assert set(model.get_input_embeddings().weight.flatten().tolist()) == {0.25}
+    assert set(dict(model.named_parameters())["model.embed_tokens.weight"].flatten().tolist()) == {0.25}
     with pytest.raises(ModelError, match="no parameter"):
         trainable_weights(small_model("gpt2"), manifest)
 

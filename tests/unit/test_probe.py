@@ -39,7 +39,7 @@ def engine_of(
 @torch.inference_mode()
 def losses_with_written_out_weights(engine: ProbeEngine, sample: int, step: float) -> float:
     """One side of one probe the slow way: copy the model, change its weights, run each sequence."""
-    drawn = engine._drawn(ROUND, SLOT, engine.spec.round.probes_max)[sample]
+    drawn = engine.drawn(ROUND, SLOT, engine.spec.round.probes_max)[sample]
     signs = Directions(Probes.of(run_key=engine.spec.run_key, round=ROUND, slots=SLOT, samples=[sample]))
     kept = [tensor.clone() for _, tensor in engine.runner.parameters]
     for entry, tensor in engine.runner.parameters:
@@ -121,7 +121,7 @@ def test_projected_gradients_follow_the_true_gradient() -> None:
     engine = engine_of(dtype=torch.float64, epsilon=1e-4)
     measured = engine.measure(ROUND, slot=SLOT)
     found = engine.projected_gradients(measured)
-    drawn = engine._drawn(ROUND, SLOT, 6)
+    drawn = engine.drawn(ROUND, SLOT, 6)
     model = engine.runner.model
     for sample in range(6):
         model.requires_grad_(True)
