@@ -230,7 +230,7 @@ async def test_sixty_four_peers_fit_into_memory_and_no_torch_is_loaded(tmp_path:
 
 async def test_strangers_cannot_use_up_the_sessions_for_good(tmp_path: Path) -> None:
     settings = tmp_path / "settings.toml"
-    settings.write_text("handshake_timeout_ms = 300\nsessions_max = 4\n")
+    settings.write_text("handshake_timeout_ms = 1500\nsessions_max = 4\n")
     with coordinator(tmp_path, write_spec(tmp_path / "run.toml"), "--settings", str(settings)) as process:
         async with stub_for(process.address) as stub:
             silent = [LightPeer(process.spec, stub, seed=seed) for seed in range(4)]
