@@ -221,17 +221,8 @@ class PeerMachine:
 
     def completed(self, result: Result, now_ms: int) -> Sequence[PeerOutput]:
         """A piece of work is done."""
-        match result:
-            case Measured():
-                return self._completed_measure(result)
-            case Applied():
-                return self._completed_apply(result)
-            case EvaluatedResult():
-                return self._completed_evaluation(result)
-            case Rebuilt():
-                return self._completed_rebuild(result)
-            case _:
-                assert_never(result)
+        outputs = self._completed(result)
+        return [] if self._session is Session.STOPPED else outputs
 
     def leave(self) -> Sequence[PeerOutput]:
         """The user wants to stop."""
@@ -454,6 +445,19 @@ class PeerMachine:
         return self._stop(None, f"the run is finished after {self.ledger.sealed_rounds} rounds")
 
     # --- results ----------------------------------------------------------------------------------------------------
+
+    def _completed(self, result: Result) -> list[PeerOutput]:
+        match result:
+            case Measured():
+                return self._completed_measure(result)
+            case Applied():
+                return self._completed_apply(result)
+            case EvaluatedResult():
+                return self._completed_evaluation(result)
+            case Rebuilt():
+                return self._completed_rebuild(result)
+            case _:
+                assert_never(result)
 
     def _completed_measure(self, result: Measured) -> list[PeerOutput]:
         """Send the contribution, even a late one: it shows the coordinator how long we take."""

@@ -1,6 +1,7 @@
 """Hypothesis drives both machines with any input in any state; invariants are checked after every step."""
 
 import math
+from collections.abc import Sequence
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ from peerturb.protocol.outputs import (
     Apply,
     CancelMeasure,
     Connect,
+    CoordinatorOutput,
     Disconnect,
     Evaluate,
     Measure,
@@ -72,7 +74,7 @@ class AnyCoordinator(RuleBasedStateMachine):
         self.generation = 0
         self.perform([])
 
-    def perform(self, outputs: "Sequence[object]") -> None:
+    def perform(self, outputs: Sequence[CoordinatorOutput]) -> None:
         try:
             for effect in drive(self.machine, outputs, self.now_ms):
                 if isinstance(effect, Persist):
@@ -230,7 +232,7 @@ class AnyPeer(RuleBasedStateMachine):
         )
         self.perform([])
 
-    def perform(self, outputs: "Sequence[object]") -> None:
+    def perform(self, outputs: Sequence[PeerOutput]) -> None:
         for effect in drive(self.machine, outputs, self.now_ms):
             assert not self.stopped or isinstance(effect, Stop), "silence after a stop"
             match effect:
