@@ -29,7 +29,7 @@ SPEC = {
     "protocol": 1,
     "round": {
         "budget_ms": 0,
-        "count": 2,
+        "count": 3,
         "deadline_ms_max": 120000,
         "deadline_ms_min": 1000,
         "lease_ms": 60000,
@@ -92,6 +92,7 @@ def main() -> None:
     first, second = b"\x05\x80\xfe\x40", b"\x7f\x81\x01"
     scale0 = f32(0.05)
     scale1 = f32(scale0 * min(max(math.sqrt(rms(first) / 32), 0.25), 2.0))
+    scale2 = f32(scale1 * min(max(math.sqrt(rms(second) / 32), 0.25), 2.0))
     alpha0 = f32(0.015 / (3 * rms(first)))
     alpha1 = f32(0.015 / (3 * rms(second)))
     records = [
@@ -100,12 +101,15 @@ def main() -> None:
         block(2, number(1, 1) + block(2, b"b" * 32) + block(3, b"bob")),
         single(6, scale0) + number(7, 120000),
         single(8, alpha0) + single(9, 2.5) + tagged(10, 5) + struct.pack("<I", 0xDEADBEEF)
-        + block(11, varint(0) + varint(1)) + block(13, first),  # equal counts are not written
+        + block(13, first) + block(14, b"\x03"),  # equal counts are not written; slots 0 and 1 as a bitmap
         block(4, number(1, 1) + number(2, 1) + single(3, 1.5) + single(4, 0.0) + number(5, 8)),
         single(6, scale1) + number(7, 4000),
         single(8, alpha1) + single(9, 2.25) + tagged(10, 5) + struct.pack("<I", 17)
-        + block(11, varint(0) + varint(1)) + block(12, varint(2) + varint(1)) + block(13, second),
-        block(5, number(1, 2)),
+        + block(12, varint(2) + varint(1)) + block(13, second) + block(14, b"\x03"),
+        single(6, scale2) + number(7, 4000),
+        single(9, math.nan) + tagged(10, 5) + struct.pack("<I", 18)  # step zero is not written
+        + block(11, varint(1)) + block(13, b"\x80\x80"),  # one slot: a bitmap is not shorter
+        block(5, number(1, 3)),
         block(3, number(1, 1) + number(2, 2)),
     ]  # fmt: skip
     chain = hashlib.sha256(b"peerturb run log v1\0").digest()
@@ -122,7 +126,7 @@ def main() -> None:
         "file_sha256": hashlib.sha256(data).hexdigest(),
         "spec_sha256": hashlib.sha256(spec).hexdigest(),
         "alphas": [alpha0, alpha1],
-        "scales": [scale0, scale1],
+        "scales": [scale0, scale1, scale2],
     }
     Path(__file__).with_name("log.json").write_text(json.dumps(vectors, indent=1) + "\n", encoding="utf-8")
 
