@@ -47,7 +47,7 @@ def play(options: "Options", story: "Story", stream: TextIO, *, as_json: bool) -
 
     from peerturb_node.demo.orchestrator import Demo
     from peerturb_node.demo.signals import run_until_signal
-    from peerturb_node.demo.summary import closing_page, is_good
+    from peerturb_node.demo.summary import closing_page, is_good, next_lines
     from peerturb_node.demo.view import JsonView, LiveView, PlainView
 
     console = Console(file=stream)
@@ -68,5 +68,7 @@ def play(options: "Options", story: "Story", stream: TextIO, *, as_json: bool) -
         stream.write(json.dumps({"event": "summary", **asdict(result.summary)}) + "\n")
     else:
         columns = min(console.width, _COLUMNS_MAX)
-        console.print(closing_page(result.summary, result.examples, result.commands, columns=columns))
+        console.print(closing_page(result.summary, result.examples, columns=columns))
+        for line in next_lines(result.commands):
+            console.print(line, soft_wrap=True)
     return 0 if is_good(result.summary) else 1

@@ -147,16 +147,19 @@ class Network:
         Raises:
             ChildError: one did not end in order.
         """
+        if self.is_run_over:
+            # The others are on their way out, writing their model: a signal now would cut them off.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_S):
+                    await asyncio.gather(*(child.exited() for child in self._nodes.values()))
         living = [child for child in self._nodes.values() if child.code is None]
         await asyncio.gather(*(child.end(signal.SIGTERM, timeout_s=STOP_S) for child in living))
-        for child in living:
-            if child.code != 0:
+        for name, child in self._nodes.items():
+            if child.code != 0 and self._story.peers[name].state != "killed":
                 raise ChildError(child.obituary())
         for name, child in self._nodes.items():
-            # A reader's last lines may still be in the pipe when the process has gone.
-            with contextlib.suppress(KeyError):
-                if child.code == 0:
-                    self._story.peers[name].state = "stopped"
+            if child.code == 0:
+                self._story.peers[name].state = "stopped"
         self._count()
 
     async def close(self) -> None:

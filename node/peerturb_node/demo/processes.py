@@ -73,6 +73,10 @@ class Child:
         assert self.code is not None
         return self.code
 
+    async def exited(self) -> None:
+        """Wait for the process's end, however long it takes."""
+        await self._process.wait()
+
     def output(self) -> str:
         """Return everything it has printed on standard output."""
         return self.log.with_suffix(".out").read_text(encoding="utf-8")

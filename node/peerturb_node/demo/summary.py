@@ -147,12 +147,10 @@ def survived(summary: Summary) -> str:
     return ", ".join(parts) or "nothing was broken on purpose (--no-chaos)"
 
 
-def closing_page(
-    summary: Summary, examples: list[tuple[Answer, Answer]], commands: list[tuple[str, str]], *, columns: int
-) -> RenderableType:
-    """Return the last page: figures, examples, files, what to try next."""
+def closing_page(summary: Summary, examples: list[tuple[Answer, Answer]], *, columns: int) -> RenderableType:
+    """Return the last page: figures, examples, files."""
     return Panel(
-        Group(_figures(summary), Text(), _examples(examples, columns - 4), Text(), _files(summary, commands)),
+        Group(_figures(summary), Text(), _examples(examples, columns - 4), Text(), _files(summary)),
         title=Text.assemble((" peerturb demo ", "bold"), (_verdict(summary), "green" if is_good(summary) else "red")),
         title_align="left",
         box=box.ROUNDED,
@@ -232,13 +230,16 @@ def _answer(answer: Answer) -> Text:
     return Text(f"{answer.answer:>4} {100 * answer.confidence:3.0f} % {sign}", style=style)
 
 
-def _files(summary: Summary, commands: list[tuple[str, str]]) -> RenderableType:
+def _files(summary: Summary) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("report", Text(summary.report_file, style="bold"))
     table.add_row("model", summary.model_dir)
     table.add_row("log", summary.log_file)
-    for label, command in commands:
-        table.add_row(label, Text(command, style="cyan"))
     return table
+
+
+def next_lines(commands: list[tuple[str, str]]) -> list[Text]:
+    """Return what to try next, a line each; to be printed unwrapped, so that a command can be copied."""
+    return [Text.assemble((f"  {label:<8}", "dim"), (command, "cyan")) for label, command in commands]
