@@ -16,7 +16,7 @@ from peerturb_node.demo.events import Story
 from peerturb_node.demo.examples import Answer, Verdict, choose
 from peerturb_node.demo.folder import DemoFolder
 from peerturb_node.demo.report import limits, write_report
-from peerturb_node.demo.summary import Summary, closing_page, is_good, size, summarize
+from peerturb_node.demo.summary import Summary, closing_page, is_good, next_lines, size, summarize
 from peerturb_node.demo.svg import Level, Marker, Series, chart, nice_ticks
 from tests.unit import demo_story
 
@@ -101,9 +101,7 @@ def test_each_flaw_makes_the_run_not_good_and_is_on_both_pages(flaw: str, tmp_pa
 
 def printed(summary: Summary, columns: int = 100) -> str:
     console = Console(width=columns, file=io.StringIO(), record=True)
-    console.print(
-        closing_page(summary, choose(BEFORE, AFTER, 4), [("verify", "peerturb log verify x")], columns=columns)
-    )
+    console.print(closing_page(summary, choose(BEFORE, AFTER, 4), columns=columns))
     return console.export_text()
 
 
@@ -114,8 +112,16 @@ def test_the_closing_page_says_it_all_and_fits(columns: int) -> None:
     text = printed(summary, columns)
     flat = " ".join(text.split())
     assert max(map(len, text.splitlines())) <= columns
-    for piece in ("50.0 % → 75.0 %", "0.900 → 0.200", "40 rounds", "SIGKILL", "report.html", "peerturb log verify x"):
+    for piece in ("50.0 % → 75.0 %", "0.900 → 0.200", "40 rounds", "SIGKILL", "report.html"):
         assert piece in flat
+
+
+def test_commands_are_one_line_each_however_long() -> None:
+    console = Console(width=40, file=io.StringIO(), record=True)
+    command = "peerturb log export somewhere/demo.runlog --model base --out replayed"
+    for line in next_lines([("replay", command)]):
+        console.print(line, soft_wrap=True)
+    assert console.export_text().splitlines() == [f"  replay  {command}"]
 
 
 class Page(html.parser.HTMLParser):
