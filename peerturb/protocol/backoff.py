@@ -1,11 +1,30 @@
-"""When a peer tries again: exponential waiting with jitter that follows from its key, so that a run can be repeated."""
+"""Whether and when a peer tries again: waiting doubles, with jitter that follows from its key, so that a run repeats."""
 
 import hashlib
 
+from peerturb.errors import RejectCode
 from peerturb.ids import PeerKey
 
 WAIT_MS_MIN = 200
 WAIT_MS_MAX = 10_000
+
+HANDSHAKE_MS_MAX = 30_000
+"""From `Connect` to the welcome; after that the attempt counts as lost."""
+
+REFUSALS_MAX = 8
+"""Closing refusals in a row, without a welcome between them, after which a peer gives up."""
+
+_PASSING = frozenset({RejectCode.RUN_FULL, RejectCode.SHUTTING_DOWN})
+_ODD = frozenset({RejectCode.NOT_JOINED, RejectCode.OVERSIZED, RejectCode.MALFORMED})
+
+
+def is_worth_retrying(code: RejectCode, refusals: int) -> bool:
+    """Tell whether to come back after the `refusals`th closing refusal in a row.
+
+    A full or stopping coordinator passes; what may be an accident of one session is tried a few times; anything else
+    says what no second attempt can change.
+    """
+    return code in _PASSING or (code in _ODD and refusals < REFUSALS_MAX)
 
 
 def wait_ms(key: PeerKey, attempt: int) -> int:

@@ -7,13 +7,11 @@ it through `peerturb.protocol.driver.drive`.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
 from typing import assert_never
 
 from peerturb.errors import RejectCode
 from peerturb.ids import PeerKey, RoundNumber, Slot
-from peerturb.protocol.backoff import wait_ms
+from peerturb.protocol.backoff import HANDSHAKE_MS_MAX, is_worth_retrying, wait_ms
 from peerturb.protocol.floats import f32
 from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.messages import (
@@ -41,62 +39,19 @@ from peerturb.protocol.outputs import (
     Say,
     Stop,
 )
+from peerturb.protocol.peer_status import PeerStatus, Session
 from peerturb.protocol.probing import ProbeBudget
 from peerturb.protocol.records import Record, RoundSealed, RunStarted
 from peerturb.protocol.results import Applied, EvaluatedResult, Measured, Rebuilt, Result
 from peerturb.spec import PROTOCOL_VERSION, RunSpec
+
+__all__ = ["PeerMachine", "PeerStatus", "Session"]
 
 APPLIES_MAX = 32
 """Sealed rounds handed to the shell and not yet applied; more wait as records."""
 
 INBOX_RECORDS_MAX = 4_096
 """Records received and not yet taken in, above which the shell should stop reading."""
-
-PATIENT = frozenset(
-    {RejectCode.NOT_JOINED, RejectCode.RUN_FULL, RejectCode.SHUTTING_DOWN, RejectCode.OVERSIZED, RejectCode.MALFORMED}
-)
-"""Closing refusals after which trying again later makes sense; after any other the peer stops."""
-
-HANDSHAKE_MS_MAX = 30_000
-"""From `Connect` to the welcome; after that the attempt counts as lost."""
-
-REFUSALS_MAX = 8
-"""Closing refusals in a row, without a welcome between them, after which even a patient peer stops (except RUN_FULL and
-SHUTTING_DOWN, which pass)."""
-
-
-class Session(Enum):
-    """How a peer stands with the coordinator."""
-
-    WAITING = "waiting"
-    """Not connected; tries again at a set time."""
-    CONNECTING = "connecting"
-    """`Connect` was given; neither `connected` nor `disconnected` has come."""
-    JOINING = "joining"
-    """The stream stands, the Hello is on its way."""
-    JOINED = "joined"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerStatus:
-    """What a peer is doing, for displays."""
-
-    session: Session
-    slot: Slot | None
-    position: int
-    head: int
-    """Length of the log when the coordinator admitted us."""
-    rounds_sealed: int
-    rounds_applied: int
-    measuring: int | None
-    """Round being measured."""
-    backlog: int
-    """Records received and not yet taken in."""
-    digest: int
-    is_finished: bool
-    contributions: int
-    """Contributions that stand in sealed rounds, ever."""
 
 
 class PeerMachine:
@@ -349,8 +304,7 @@ class PeerMachine:
             quiet = refusal.code in (RejectCode.STALE_ROUND, RejectCode.RUN_FINISHED)
             return [] if quiet else [Notice(code=f"refused_{refusal.code.name.lower()}", text=refusal.why)]
         self._refusals += 1
-        passing = refusal.code in (RejectCode.RUN_FULL, RejectCode.SHUTTING_DOWN)
-        if refusal.code in PATIENT and (passing or self._refusals < REFUSALS_MAX):
+        if is_worth_retrying(refusal.code, self._refusals):
             self._attempt = max(self._attempt, 1)
             return self._reconnect(f"refused ({refusal.code.name.lower()}): {refusal.why}", now_ms)
         return self._stop(refusal.code, refusal.why)

@@ -4,12 +4,12 @@ import pytest
 
 from peerturb.errors import RejectCode
 from peerturb.ids import PeerKey, Position, RoundNumber, Slot
-from peerturb.protocol.backoff import WAIT_MS_MAX, WAIT_MS_MIN, wait_ms
+from peerturb.protocol.backoff import REFUSALS_MAX, WAIT_MS_MAX, WAIT_MS_MIN, wait_ms
 from peerturb.protocol.driver import Persist, drive
 from peerturb.protocol.ledger import Ledger, step_size
 from peerturb.protocol.messages import Contribution, Records, Refusal, Welcome
 from peerturb.protocol.outputs import Apply, Connect, Disconnect, Evaluate, Measure, PeerOutput, Rebuild, Say, Stop
-from peerturb.protocol.peer import APPLIES_MAX, INBOX_RECORDS_MAX, REFUSALS_MAX, PeerMachine, Session
+from peerturb.protocol.peer import APPLIES_MAX, INBOX_RECORDS_MAX, PeerMachine, Session
 from peerturb.protocol.probing import FIRST_PROBES, ProbeBudget
 from peerturb.protocol.records import PeerJoined, Record, RoundOpened, RoundSealed, RunFinished, RunStarted
 from peerturb.protocol.results import Applied, Measured
