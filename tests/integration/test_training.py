@@ -25,6 +25,8 @@ class Task:
     rounds: int
     probes: int
     learning_rate: float
+    examples: int
+    """Sequences per probe."""
     fall: float
     """By how much the held-out loss must fall."""
 
@@ -37,6 +39,7 @@ SHAKESPEARE = Task(
     rounds=20,
     probes=32,
     learning_rate=1.5e-2,
+    examples=1,
     fall=0.25,
 )
 SST2 = 'kind = "labels"\ntemplate = "{{text}} It was"\nlabels = {{ 0 = " {bad}", 1 = " {good}" }}\ntokens_max = {tokens}\n'
@@ -45,10 +48,11 @@ STORIES3M = Task(
     objective=SST2.format(bad="terrible", good="great", tokens=48),
     train="datasets/sst2/train_1000.jsonl",
     held_out="datasets/sst2/dev_500.jsonl",
-    rounds=12,
+    rounds=10,
     probes=16,
-    learning_rate=6e-3,
-    fall=0.01,
+    learning_rate=3e-3,
+    examples=2,
+    fall=0.03,
 )
 HOROSCOPE = Task(
     model="gpt2-horoscope",
@@ -57,7 +61,8 @@ HOROSCOPE = Task(
     held_out="datasets/sst2/dev_500.jsonl",
     rounds=15,
     probes=24,
-    learning_rate=1e-2,
+    learning_rate=3e-3,
+    examples=4,
     fall=0.01,
 )
 
@@ -122,7 +127,7 @@ def _run_file(net: Network, model: Path, task: Task, dtype: str) -> str:
         f"[step]\nlearning_rate = {task.learning_rate}\n"
         f"[round]\ncount = {task.rounds}\nprobes_max = {task.probes}\nmin_peers = {NODES}\n"
         "deadline_ms_min = 60000\ndeadline_ms_max = 300000\n"
-        f"[objective]\n{task.objective}eval_every = {task.rounds}\n"
+        f"[objective]\n{task.objective}eval_every = {task.rounds}\nexamples_per_probe = {task.examples}\n"
     )
 
 
