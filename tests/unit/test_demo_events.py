@@ -168,3 +168,12 @@ def test_losing_the_connection_in_the_middle_of_training_is_a_state_and_no_compl
     story.take("node-1", {"event": "disconnected", "why": "the coordinator restarts"})
     assert story.peers["node-1"].state == "reconnecting"
     assert len(story.entries) == before
+
+
+def test_a_late_contribution_is_no_complaint_but_another_refusal_is() -> None:
+    story = begin(nodes=1)
+    before = len(story.entries)
+    story.take("node-1", {"event": "refused", "code": "stale_round", "why": "round 0 is already sealed"})
+    assert len(story.entries) == before
+    story.take("node-1", {"event": "refused", "code": "model_mismatch", "why": "base weights differ"})
+    assert story.entries[-1].text == "node-1 was refused: base weights differ"

@@ -60,6 +60,16 @@ async def test_lines_arrive_in_order_and_are_kept_in_files(tmp_path: Path) -> No
     assert last_lines(child.log, 5) == ["complaint"]
 
 
+async def test_the_user_s_own_settings_stay_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEERTURB_NODE_TOKEN", "secret")
+    monkeypatch.setenv("OTHER", "kept")
+    async with Family(tmp_path, {}) as family:
+        code = "import os; print(os.environ.get('PEERTURB_NODE_TOKEN'), os.environ['OTHER'])"
+        child = await family.start("tool", [sys.executable, "-c", code], is_tool=True)
+        await child.wait(timeout_s=60)
+    assert child.output() == "None kept\n"
+
+
 async def test_a_child_has_its_own_process_group(tmp_path: Path) -> None:
     async with Family(tmp_path, {}) as family:
         child = await family.start("sleeper", SLEEPER)

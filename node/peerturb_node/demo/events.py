@@ -11,6 +11,9 @@ from typing import Any, Literal
 PeerState = Literal["starting", "loading", "joining", "catching up", "training", "reconnecting", "killed", "stopped"]
 MarkKind = Literal["kill", "join", "restart"]
 
+HARMLESS_REFUSALS = ("stale_round",)
+"""Codes that are part of any run: a contribution that comes after the seal is refused and nothing is lost."""
+
 RATE_WINDOW_ROUNDS = 12
 """Rounds over which shown speeds and bytes per code are averaged."""
 
@@ -167,7 +170,7 @@ class Story:
                 if peer.state == "joining":  # one that trains is only cut off for a while: its state says so
                     self._complain(f"{name} was turned away: {event.get('why')}")
                 peer.state = "reconnecting"
-            case "refused":
+            case "refused" if event.get("code") not in HARMLESS_REFUSALS:
                 self._complain(f"{name} was refused: {event.get('why')}")
             case "measured":
                 peer.measured[_integer(event.get("round"), -1)] = _integer(event.get("codes"), 0)

@@ -94,7 +94,9 @@ class Family:
 
     def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
         self._logs = logs
-        self._environment = {**os.environ, **environment}
+        # Settings for the user's own node or coordinator are not for the demo's.
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("PEERTURB_")}
+        self._environment = {**kept, **environment}
         self.children: list[Child] = []
 
     async def __aenter__(self) -> Self:
