@@ -1,4 +1,4 @@
-"""Whether and when a peer tries again: waiting doubles, with jitter that follows from its key, so that a run repeats."""
+"""Whether and when a peer tries again: waiting doubles, with jitter that follows from its key."""
 
 import hashlib
 
