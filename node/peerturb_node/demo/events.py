@@ -11,8 +11,8 @@ from typing import Any, Literal
 PeerState = Literal["starting", "loading", "joining", "catching up", "training", "reconnecting", "killed", "stopped"]
 MarkKind = Literal["kill", "join", "restart"]
 
-HARMLESS_REFUSALS = ("stale_round",)
-"""Codes that are part of any run: a contribution that comes after the seal is refused and nothing is lost."""
+HARMLESS_REFUSALS = ("stale_round", "shutting_down", "run_finished")
+"""Codes that are part of any run: a contribution after the seal, the coordinator's stop, the run's end."""
 
 RATE_WINDOW_ROUNDS = 12
 """Rounds over which shown speeds and bytes per code are averaged."""

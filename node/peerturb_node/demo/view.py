@@ -265,6 +265,7 @@ class PlainView:
         self._story = story
         self._stream = stream
         self._entries = 0
+        self._round = 0
         self._round_s = -math.inf
 
     def update(self) -> None:
@@ -273,8 +274,8 @@ class PlainView:
         for entry in story.entries[self._entries :]:
             self._write(f"[{entry.at_s:6.1f} s] {entry.text}")
         self._entries = len(story.entries)
-        if story.rounds and story.at_s - self._round_s >= self.EVERY_S:
-            self._round_s = story.at_s
+        if story.round > self._round and story.at_s - self._round_s >= self.EVERY_S:
+            self._round, self._round_s = story.round, story.at_s
             self._write(f"[{story.at_s:6.1f} s] {status_line(story)}")
 
     def close(self) -> None:
