@@ -80,6 +80,7 @@ class Demo:
         self._started_s = time.monotonic()
         self._training_s = 0.0
         """When training began, seconds since the start."""
+        self._chores: list[asyncio.Task[Verdict]] = []
 
     async def run(self) -> Result:
         """Play the whole demo. All child processes have ended when this returns or raises.
@@ -96,9 +97,10 @@ class Demo:
                 await asyncio.wait((play, watch), return_when=asyncio.FIRST_COMPLETED)
                 return watch.result() if watch.done() else play.result()
             finally:
-                play.cancel()
-                watch.cancel()
-                await asyncio.gather(play, watch, return_exceptions=True)
+                tasks = (play, watch, *self._chores)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 await network.close()
 
     async def _watch(self, network: Network) -> Result:
@@ -133,6 +135,7 @@ class Demo:
                 export=folder.model if is_first else None,
             )
         before = asyncio.create_task(self._first_verdict(judge))
+        self._chores.append(before)
         await self._until(lambda: story.round >= 1)
         self._training_s = story.at_s
         story.say(
