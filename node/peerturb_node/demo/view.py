@@ -172,8 +172,8 @@ def peers_table(story: Story, width: int) -> RenderableType:
     table.add_column("round", justify="right", no_wrap=True, ratio=2)
     table.add_column("digest", justify="right", no_wrap=True, ratio=2)
     if is_wide:
-        table.add_column("B sent", justify="right", no_wrap=True, ratio=2)
-        table.add_column("B received", justify="right", no_wrap=True, ratio=2)
+        table.add_column("B up", justify="right", no_wrap=True, ratio=2)
+        table.add_column("B down", justify="right", no_wrap=True, ratio=2)
     for peer in story.peers.values():
         style = "dim" if peer.state == "killed" else ""
         state = Text(f"● {peer.state}", style=_STATE_STYLE[peer.state])
