@@ -126,7 +126,7 @@ async def record_batches(address: Address, *, first: int = 0) -> AsyncIterator[l
 
 def stub_of(channel: grpc.aio.Channel) -> "CoordinatorAsyncStub":
     """Return the typed stub of an asynchronous channel."""
-    stub: "CoordinatorAsyncStub" = CoordinatorStub(channel)
+    stub: CoordinatorAsyncStub = CoordinatorStub(channel)
     return stub
 
 

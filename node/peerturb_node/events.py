@@ -129,7 +129,8 @@ def sentence(event: Event) -> str:
                 f"digest {event['digest'][:8]}, loaded in {event['seconds']:.1f} s"
             )
         case "restored":
-            return f"local log: {event['position']} records; weights are those after {event['round']} rounds"
+            saved = f"checkpoint after {event['checkpoint']} rounds" if event["checkpoint"] else "no checkpoint"
+            return f"local log: {event['position']} records, {event['round']} rounds; {saved}"
         case "joined":
             return f"joined as slot {event['slot']}; log {event['position']} of {event['head']} records"
         case "behind":

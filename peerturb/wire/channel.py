@@ -234,6 +234,12 @@ def fetch_certificate(address: str, *, timeout_s: float) -> bytes:
     return certificate
 
 
+def is_self_signed(certificate_der: bytes) -> bool:
+    """Say whether a certificate names itself as its issuer, so that no authority stands behind it."""
+    certificate = x509.load_der_x509_certificate(certificate_der)
+    return certificate.issuer == certificate.subject
+
+
 def server_credentials(certificate_pem: bytes, key_pem: bytes) -> grpc.ServerCredentials:
     """Return the server's TLS credentials."""
     return grpc.ssl_server_credentials([(key_pem, certificate_pem)])

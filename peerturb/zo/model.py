@@ -144,7 +144,10 @@ def _check_config(source: str, options: dict[str, Any]) -> None:
     try:
         AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # the library raises many kinds; each means that the configuration cannot be used
-        raise ModelError(f"cannot read the configuration of the model {source}: {_first_line(error)}") from error
+        raise ModelError(
+            f"cannot read the configuration of the model {source}: {_first_line(error)} "
+            "Check the name, or name the model's folder"
+        ) from error
 
 
 def _read_weights(source: str, dtype: DType, options: dict[str, Any]) -> PreTrainedModel:

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from peerturb.errors import SpecError
 from peerturb.wire.channel import (
     fingerprint_of,
     is_loopback,
+    is_self_signed,
     join_address,
     parse_fingerprint,
     security_for,
@@ -108,3 +112,22 @@ def test_trust_follows_the_address_unless_told() -> None:
     assert not security_for("127.0.0.1:1", fingerprint="sha256:" + "0" * 64).insecure
     assert is_loopback("[::1]:1")
     assert not is_loopback("0.0.0.0:1")
+
+
+def test_a_certificate_without_an_authority_is_told(tmp_path: Path) -> None:
+    made = make_keys(tmp_path, ["192.0.2.7"])
+    own = x509.load_pem_x509_certificate(made.certificate.read_bytes())
+    key = serialization.load_pem_private_key(made.key.read_bytes(), password=None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    issued = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coordinator.example.org")]))
+        .issuer_name(own.subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(own.not_valid_before_utc)
+        .not_valid_after(own.not_valid_after_utc)
+        .sign(key, hashes.SHA256())
+    )
+    assert is_self_signed(own.public_bytes(serialization.Encoding.DER))
+    assert not is_self_signed(issued.public_bytes(serialization.Encoding.DER))

@@ -13,13 +13,17 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve a run 
 def serve(
     run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The RunSpec: what all peers agree on.")],
     listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address to bind; port 0 takes a free one. [127.0.0.1:7470]")
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Address to bind; port 0 takes a free one.", show_default="127.0.0.1:7470"
+        ),
     ] = None,
     advertise: Annotated[
         str | None, typer.Option(metavar="HOST", help="Host peers use, for the printed join command.")
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the run log; an existing run there goes on. [./peerturb-coordinator]")
+        Path | None,
+        typer.Option(help="Folder of the run log; an existing run there goes on.", show_default="peerturb-coordinator"),
     ] = None,
     tls_dir: Annotated[Path | None, typer.Option(help="Folder that `peerturb coordinator keys` filled.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Plaintext beyond loopback.")] = False,
@@ -30,7 +34,7 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="TOML file of settings; flags and environment win over it.")
     ] = None,
     port_file: Annotated[Path | None, typer.Option(help="Write the bound port there once peers can come.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [info]")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print the settings as JSON and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
 ) -> None:

@@ -116,10 +116,11 @@ def _show(answer: "pb.RunStatus") -> None:
     if answer.fault:
         state = f"[bold red]stopped: {escape(answer.fault)}[/]"
     loss = _number(answer.loss)
+    weights = f"{answer.digest:08x}" if answer.round else "-"
     console.print(f"[bold]{escape(answer.run)}[/]  {answer.spec_digest.hex()[:16]}  {state}", soft_wrap=True)
     console.print(
         f"round {answer.round}   loss {'-' if loss is None else f'{loss:.4f}'}   probes {answer.probes}"
-        f"   weights {answer.digest:08x}   records {answer.head}"
+        f"   weights {weights}   records {answer.head}"
     )
     console.print(f"{escape(answer.waiting_for)}\n", soft_wrap=True)
     table = Table("slot", "name", "identity", "state", "probes", "last round", "loss", box=None)

@@ -22,10 +22,10 @@ def model(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Names that stay frozen (*, ?); may be repeated.")
     ] = None,
-    label: Annotated[str | None, typer.Option(help="Name to write into RUN.toml [the argument].")] = None,
+    label: Annotated[str | None, typer.Option(help="Name to write into RUN.toml.", show_default="the argument")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print a model's digest, its trainable tensors, and a ready [model] section for RUN.toml."""
+    """Print a model's digest, its trainable tensors, and a ready section `model` for RUN.toml."""
     from peerturb.errors import SpecError
     from peerturb.manifest import manifest_digest
     from peerturb.spec import ModelSpec
@@ -61,24 +61,22 @@ def _document(spec: "ModelSpec", manifest: "Manifest", digest: bytes, kind: str)
 
 
 def _show(spec: "ModelSpec", manifest: "Manifest", kind: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
     total = sum(entry.elements for entry in manifest)
-    console.print(f"{kind}: {total:,} trainable parameters in {len(manifest)} tensors, {spec.dtype}")
-    table = Table(show_header=True, box=None, padding=(0, 2, 0, 0))
-    for title in ("#", "tensor", "shape", "kind", "elements"):
-        table.add_column(title, justify="right" if title in ("#", "elements") else "left", no_wrap=True)
+    typer.echo(f"{kind}: {total:,} trainable parameters in {len(manifest)} tensors, {spec.dtype}")
+    rows = [("#", "tensor", "shape", "kind", "elements")]
     for entry in manifest[:_TENSORS_SHOWN]:
         shape = " x ".join(map(str, entry.shape)) or "scalar"
-        table.add_row(str(entry.index), entry.name, shape, entry.kind, f"{entry.elements:,}")
-    console.print(table)
+        rows.append((str(entry.index), entry.name, shape, entry.kind, f"{entry.elements:,}"))
+    # Plain lines: a name cut to fit the terminal could not be copied into --exclude, nor the section into RUN.toml.
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for index, name, shape, form, elements in rows:
+        typer.echo(
+            f"{index:>{widths[0]}}  {name:<{widths[1]}}  {shape:<{widths[2]}}  {form:<{widths[3]}}  "
+            f"{elements:>{widths[4]}}"
+        )
     if len(manifest) > _TENSORS_SHOWN:
-        console.print(f"... and {len(manifest) - _TENSORS_SHOWN} more (--json lists all)")
-    console.print()
-    # Plain print: a section to copy must not be wrapped or coloured.
-    typer.echo(section(spec))
+        typer.echo(f"... and {len(manifest) - _TENSORS_SHOWN} more (--json lists all)")
+    typer.echo(f"\n{section(spec)}")
 
 
 def section(spec: "ModelSpec") -> str:

@@ -18,16 +18,19 @@ def _group() -> None:
 @app.command()
 def run(
     coordinator: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The run's coordinator.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Private training data: JSON Lines (.gz too) or text.")] = None,
-    eval_: Annotated[Path | None, typer.Option("--eval", help="Held-out data, evaluated now and then.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Private training data: JSON Lines (.gz too) or plain text.")
+    ] = None,
+    eval_: Annotated[Path | None, typer.Option("--eval", help="Held-out data; results go to the log.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub name of the base model, instead of the RunSpec's.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto.", show_default="auto")] = None,
     state: Annotated[
-        Path | None, typer.Option(help="Folder of identity key, local log and checkpoint [~/.peerturb/node].")
+        Path | None,
+        typer.Option(help="Folder of identity key, local log and checkpoint.", show_default="~/.peerturb/node"),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Display name [this computer's].")] = None,
+    name: Annotated[str | None, typer.Option(help="Display name.", show_default="this computer's")] = None,
     token: Annotated[str | None, typer.Option(help="Join token; other users of this computer can see it.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File that holds the join token.")] = None,
     fingerprint: Annotated[
@@ -36,17 +39,30 @@ def run(
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Allow plaintext beyond this computer.", show_default=False)
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; 0: torch decides.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Most sequences in one pass; fewer need less memory.")] = None,
-    probes: Annotated[int | None, typer.Option(help="Most probes a round; 0: the RunSpec's maximum.")] = None,
-    checkpoint_rounds: Annotated[int | None, typer.Option(help="Rounds between checkpoints.")] = None,
-    checkpoint_s: Annotated[float | None, typer.Option(help="Seconds between checkpoints.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 0: torch decides.", show_default="0")] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Most sequences in one pass, fewer need less memory; 0: the engine decides.", show_default="0"
+        ),
+    ] = None,
+    probes: Annotated[
+        int | None, typer.Option(help="Most probes a round; 0: the RunSpec's maximum.", show_default="0")
+    ] = None,
+    checkpoint_rounds: Annotated[
+        int | None, typer.Option(help="Rounds between checkpoints; 0: only at the end.", show_default="200")
+    ] = None,
+    checkpoint_s: Annotated[
+        float | None, typer.Option(help="Seconds between checkpoints; 0: count rounds only.", show_default="300")
+    ] = None,
     fields: Annotated[
         str | None, typer.Option(metavar="FIELD=COLUMN,...", help="Names of the template's fields in this data.")
     ] = None,
     template: Annotated[str | None, typer.Option(help="Template for this data, instead of the RunSpec's.")] = None,
     export: Annotated[Path | None, typer.Option(help="At the end, write a Hugging Face folder here.")] = None,
-    wait_s: Annotated[float | None, typer.Option(help="Seconds to try to reach the coordinator at start.")] = None,
+    wait_s: Annotated[
+        float | None, typer.Option(help="Seconds to try to reach the coordinator at start.", show_default="30")
+    ] = None,
     compute: Annotated[str | None, typer.Option(hidden=True, help="torch, toy or stub.")] = None,
     config: Annotated[
         Path | None, typer.Option(envvar="PEERTURB_NODE_CONFIG", help="TOML file with any of these settings.")

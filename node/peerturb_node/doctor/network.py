@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from peerturb.errors import PeerturbError, RefusedError, UnreachableError
 from peerturb.spec import PROTOCOL_VERSION
-from peerturb.wire.channel import fetch_certificate, fingerprint_of, is_loopback, parse_fingerprint, split_address
+from peerturb.wire.channel import (
+    fetch_certificate,
+    fingerprint_of,
+    is_loopback,
+    is_self_signed,
+    parse_fingerprint,
+    split_address,
+)
 from peerturb_node.client import Address, Description, describe
 from peerturb_node.doctor.report import Check, fail, ok, skip
 from peerturb_node.settings import NodeSettings
@@ -64,12 +71,19 @@ class Network:
                 "tls", "not used: " + ("--insecure" if settings.insecure else "the coordinator is on this computer")
             )
         try:
-            shown = fingerprint_of(fetch_certificate(settings.coordinator, timeout_s=_TIMEOUT_S))
+            certificate = fetch_certificate(settings.coordinator, timeout_s=_TIMEOUT_S)
         except UnreachableError as error:
             return fail(
                 "tls", str(error), "take the join command from the coordinator; without TLS it needs --insecure"
             )
+        shown = fingerprint_of(certificate)
         if not settings.fingerprint:
+            if settings.authority_file is None and is_self_signed(certificate):
+                return fail(
+                    "tls",
+                    "the certificate vouches for itself, and no --fingerprint says that it is the right one",
+                    "give the --fingerprint of the coordinator's join command",
+                )
             return ok("tls", f"the certificate is {shown}; no --fingerprint given, so an authority must vouch for it")
         expected = parse_fingerprint(settings.fingerprint)
         if shown != expected:
