@@ -101,9 +101,7 @@ def test_plaintext_beyond_loopback_is_not_tried(tmp_path: Path) -> None:
         assert refused.returncode == 5
         assert "--insecure" in refused.stderr
         net.port = port
-        allowed = net._start(
-            ["node", "run", "--state", str(tmp_path / "b"), "--insecure", *arguments], "allowed"
-        )
+        allowed = net._start(["node", "run", "--state", str(tmp_path / "b"), "--insecure", *arguments], "allowed")
         allowed.wait_for_round(2)
 
 

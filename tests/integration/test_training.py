@@ -42,7 +42,9 @@ SHAKESPEARE = Task(
     examples=1,
     fall=0.25,
 )
-SST2 = 'kind = "labels"\ntemplate = "{{text}} It was"\nlabels = {{ 0 = " {bad}", 1 = " {good}" }}\ntokens_max = {tokens}\n'
+SST2 = (
+    'kind = "labels"\ntemplate = "{{text}} It was"\nlabels = {{ 0 = " {bad}", 1 = " {good}" }}\ntokens_max = {tokens}\n'
+)
 STORIES3M = Task(
     model="stories3m",
     objective=SST2.format(bad="terrible", good="great", tokens=48),
