@@ -1,0 +1,71 @@
+"""`peerturb log` on a file, on a coordinator's folder and on a running coordinator; damage is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peerturb.runlog.reader import read_entries
+from tests.integration.network import network, toy_run
+
+pytestmark = pytest.mark.integration
+
+
+def test_the_log_commands(tmp_path: Path) -> None:
+    with network(tmp_path, toy_run(count=25)) as net:
+        coordinator = net.start_coordinator()
+        node = net.start_node("node")
+        assert node.wait() == 0
+        live = tmp_path / "live.runlog"
+        assert net.run("log", "export", "--coordinator", net.address, "--out", str(live)).returncode == 0
+        assert coordinator.stop() == 0
+        folder = str(net.data_dir)
+        stored = tmp_path / "stored.runlog"
+        exported = net.run("log", "export", folder, "--out", str(stored), "--json")
+        assert exported.returncode == 0, exported.stderr
+        assert json.loads(exported.stdout)["records"] > 50
+        assert stored.read_bytes().startswith(live.read_bytes())
+        assert net.run("log", "export", folder, "--out", str(stored)).returncode == 3, "a file is never overwritten"
+
+        found = json.loads(net.run("log", "verify", str(stored), "--json").stdout)
+        assert (found["rounds"], found["is_finished"], found["peers"]) == (25, True, 1)
+        assert json.loads(net.run("log", "verify", folder, "--json").stdout)["chain"] == found["chain"]
+
+        shown = net.run("log", "show", str(stored), "--rounds", "10:11", "--json")
+        rows = [json.loads(line) for line in shown.stdout.splitlines()]
+        assert {row["round"] for row in rows} == {10, 11}
+        assert {row["kind"] for row in rows} >= {"RoundOpened", "RoundSealed"}
+        assert "run toy started" in net.run("log", "show", str(stored)).stdout.splitlines()[0]
+
+        entries = [entry for entry, _ in read_entries(stored)]
+        data = bytearray(stored.read_bytes())
+        data[entries[20].offset + 45] ^= 1
+        stored.write_bytes(data)
+        broken = net.run("log", "verify", str(stored))
+        assert broken.returncode == 3
+        assert "record 20" in broken.stderr
+        live.write_bytes(live.read_bytes()[:-3])
+        torn = net.run("log", "verify", str(live))
+        assert torn.returncode == 0
+        assert "not written whole" in torn.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["show"], 2, "--coordinator"),
+        (["show", "none.runlog"], 3, "none.runlog"),
+        (["verify", "{folder}"], 3, "run.sqlite"),
+        (["show", "{empty}", "--rounds", "x:y"], 2, "A:B"),
+        (["verify", "{empty}"], 3, "empty"),
+        (["export", "{empty}"], 2, "--out"),
+        (["show", "--coordinator", "127.0.0.1:1"], 5, "127.0.0.1:1"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
+    empty = tmp_path / "empty.runlog"
+    empty.touch()
+    with network(tmp_path, toy_run()) as net:
+        result = net.run("log", *[part.format(folder=tmp_path, empty=empty) for part in arguments])
+    assert result.returncode == code, result.stderr
+    assert said in result.stderr
