@@ -7,7 +7,7 @@ import time
 from typing import TextIO
 
 import peerturb
-from peerturb.errors import PeerturbError, RefusedError, RejectCode, SpecError
+from peerturb.errors import DataError, PeerturbError, RefusedError, RejectCode, SpecError
 from peerturb.spec import RunSpec
 from peerturb_node.client import Address, describe
 from peerturb_node.compute.base import Compute
@@ -125,6 +125,10 @@ def _make_compute(settings: NodeSettings, spec: RunSpec, events: Events) -> Comp
         return ToyCompute(spec)
     if settings.data is None:
         raise SpecError("no training data given: --data FILE (JSON Lines or text) says what this node learns from")
+    for file in (settings.data, settings.eval):
+        # Said before torch and the model are loaded, which takes seconds.
+        if file is not None and not file.expanduser().is_file():
+            raise DataError(f"there is no data file {file}")
 
     from peerturb_node.compute.torch_compute import TorchCompute
 
