@@ -84,7 +84,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"cannot read {path} after line {number}: {reason}") from error
+        where = f" after line {number}" if number else ""
+        raise DataError(f"cannot read {path}{where}: {reason}") from error
 
 
 def _parse(line: bytes) -> dict[str, Any]:
