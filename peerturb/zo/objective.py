@@ -23,6 +23,9 @@ from peerturb.zo.data import Example, faults_message, read_examples
 TEXT_BLOCK_CHARS = 100_000
 """Long texts are tokenised in blocks of about this size that end at a line end: some tokenizers are quadratic."""
 
+SLICE_LOGITS = 2**18
+"""Logits whose softmax is taken at once on a CPU: 1 MiB in f32."""
+
 ANCHORS = ("\n", "a", ".", " ")
 """What a label is put behind to see its tokens in the middle of a text."""
 
@@ -236,12 +239,15 @@ class Objective:
 
 
 def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target in f32: [rows, scored]."""
-    if logits.dtype in (torch.float32, torch.float64):
-        flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return -flat.view(targets.shape)
-    chosen = logits.gather(2, targets[:, :, None]).squeeze(2).float()
-    return chosen - torch.logsumexp(logits.float(), 2)
+    """Log-probability of each target, f32 (f64 for f64 logits): [rows, scored]."""
+    flat, wanted = logits.flatten(0, 1), targets.reshape(-1, 1)
+    # On a CPU a slice at a time, small enough for the cache: a copy of all logits costs more than its arithmetic.
+    size = len(flat) if logits.device.type != "cpu" else max(1, SLICE_LOGITS // logits.shape[2])
+    parts = []
+    for part, index in zip(flat.split(size), wanted.split(size), strict=True):
+        wide = part.float() if part.dtype == torch.bfloat16 else part
+        parts.append(-F.cross_entropy(wide, index.squeeze(1), reduction="none"))
+    return torch.cat(parts).view(targets.shape)
 
 
 def _pad(spans: list[tuple[Tokens, int]], answers: Tensor) -> Rows:

@@ -28,7 +28,7 @@ from peerturb.zo.perturbation import FAMILIES, Signs
 FORWARD_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Tokens in one forward by device type: enough to feed the cores, few enough for activations to stay in cache."""
 
-LOGIT_BYTES_MAX = {"cpu": 2**27, "cuda": 2**30}
+LOGIT_BYTES_MAX = {"cpu": 2**25, "cuda": 2**30}
 """Logits of one forward; they are the largest activation of a small model with a large vocabulary."""
 
 SIGN_BYTES_MAX = 2**27
