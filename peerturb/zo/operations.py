@@ -200,9 +200,12 @@ def _affine(mode: Following, x: Tensor, weight: Any, scale: Tracked | None, bias
 
 def _scaled(mode: Following, found: Tracked, x: Tensor) -> Tensor:
     """x times a tracked vector."""
-    product = mode.grouped(found, x, found.parameter.elements) * mode.vector(found)
-    # In bfloat16 the perturbed vector is f32: rounded to bfloat16, 1 + epsilon would be 1 again.
-    return product.view(x.shape) if found.rows is not None else product.to(x.dtype).view(x.shape)
+    grouped, vector = mode.grouped(found, x, found.parameter.elements), mode.vector(found)
+    if found.rows is not None or x.dtype != torch.bfloat16:
+        return (grouped * vector).view(x.shape)
+    # The perturbed vector is f32: rounded to bfloat16, 1 + epsilon would be 1 again. Converting before the product is
+    # several times faster than a product of two types.
+    return grouped.float().mul_(vector).to(x.dtype).view(x.shape)
 
 
 def _elementwise(mode: Following, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -78,15 +78,15 @@ class PerturbedForward(TorchFunctionMode):
 
     def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tracked | None:
         """Return the first tracked tensor among the arguments, lists of tensors included."""
-        tracked = self._tracked
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, (list, tuple)):
+        tracked = self._tracked  # this runs hundreds of times a forward: plain loops, no copies
+        for value in args:
+            if id(value) in tracked:
+                return tracked[id(value)]
+            if isinstance(value, (tuple, list)):
                 for item in value:
                     if id(item) in tracked:
                         return tracked[id(item)]
-            elif id(value) in tracked:
-                return tracked[id(value)]
-        return None
+        return self.find(tuple(kwargs.values()), {}) if kwargs else None
 
     def track(self, value: Any) -> Tracked | None:
         """Return what is known about one argument, and note that the parameter was used."""
