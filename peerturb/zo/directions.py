@@ -5,10 +5,8 @@ It knows the manifest's shapes and the two layouts, nothing of models, codes or 
 `peerturb.zo.philox`.
 """
 
-import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +20,7 @@ from peerturb.errors import ModelError
 from peerturb.manifest import Parameter
 from peerturb.rng import GROUP_BLOCKS, GROUP_SIGNS, SIDE_DENSE, SIDE_LEFT, SIDE_RIGHT, SIGNS_PER_BLOCK, U8, U32, U64
 from peerturb.zo import philox
+from peerturb.zo.parallel import in_parallel
 
 _LOW_BITS = np.uint64(0x0101_0101_0101_0101)
 _MINUS_TWO = np.uint64(0xFE)
@@ -237,31 +236,3 @@ def workspace() -> rng.Workspace:
     if own is None:
         own = _local.workspace = rng.Workspace()
     return own
-
-
-@lru_cache(maxsize=1)
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="peerturb-signs")
-
-
-# Threads do not survive a fork: a child makes its own.
-os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def in_parallel(work: Callable[[rng.Tile], None], tiles: Sequence[rng.Tile]) -> None:
-    """Do independent tiles with as many threads as torch uses; numpy lets go of the interpreter in each operation."""
-    workers = min(torch.get_num_threads(), len(tiles))
-    if workers <= 1:
-        for tile in tiles:
-            work(tile)
-        return
-
-    def share(first: int) -> None:
-        for tile in tiles[first::workers]:
-            work(tile)
-
-    pool = _pool(torch.get_num_threads())
-    others = [pool.submit(share, first) for first in range(1, workers)]
-    share(0)
-    for other in others:
-        other.result()

@@ -12,6 +12,7 @@ from peerturb.manifest import Parameter
 from peerturb.rng import ROUNDING_SLOT, SIDE_ROUNDING, U64
 from peerturb.zo import directions, philox
 from peerturb.zo.directions import Probes
+from peerturb.zo.parallel import in_parallel
 
 _HALVES_PER_BLOCK = 8
 _EXPONENT = 0x7F80_0000
@@ -104,5 +105,5 @@ def _words_on_cpu(blocks: U64, streams: U64, probes: Probes) -> Tensor:
             round=probes.round, run_key=probes.run_key, workspace=directions.workspace(),
         )  # fmt: skip
 
-    directions.in_parallel(fill, list(rng.tiles(1, len(blocks))))
+    in_parallel(fill, list(rng.tiles(1, len(blocks))))
     return torch.from_numpy(out.view(np.int32))

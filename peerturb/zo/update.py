@@ -21,12 +21,14 @@ from peerturb.manifest import Manifest, Parameter
 from peerturb.rng import GROUP_SIGNS, SIDE_LEFT, SIDE_RIGHT
 from peerturb.zo.directions import Probes, Span, SpanTable, dense_bits
 from peerturb.zo.gemm import exact_product
+from peerturb.zo.parallel import in_parallel
 from peerturb.zo.rounding import subtract
 
 PROBES_PER_PASS = 4096
 """Probes whose signs exist at the same time."""
-SIGN_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
-"""Signs that exist at the same time: on a CPU what stays in the last-level cache until it is multiplied."""
+SIGN_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+"""Signs of a group, the unit of parallel work: on a CPU what stays in a core's share of the last-level cache until it
+is multiplied, and small enough that all cores find work in a small model."""
 TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements of one integer sum: on a CPU what stays in the second-level cache until it is subtracted."""
 SUM_ELEMENTS = 1 << 24
@@ -136,9 +138,14 @@ def _apply_chunk(
     device = weights[0].device
     vectors_only = family == "dense"
     flats = {p.index: w.detach().reshape(-1) for p, w in zip(manifest, weights, strict=True)}
-    for group in _plan(manifest, vectors_only, device.type, min(len(probes), PROBES_PER_PASS)):
+
+    @torch.no_grad()  # a property of the thread
+    def apply_group(group: _Group) -> None:
         for tile, total in _rank1_sums(group, probes, factors, device):
             subtract(flats[tile.parameter.index], tile.first, total, tile.parameter, probes, alpha, chunk)
+
+    groups = _plan(manifest, vectors_only, device.type, min(len(probes), PROBES_PER_PASS))
+    in_parallel(apply_group, groups)
     if family == "dense":
         for parameter in manifest:
             if parameter.kind != "vector":

@@ -153,7 +153,8 @@ def test_doctor_finds_what_is_wrong(tmp_path: Path, shared: Path) -> None:
 def _real_run(tmp_path: Path, shared: Path) -> str:
     net = Network(tmp_path, "")
     found = json.loads(net.run("model", str(shared / "models" / "stories260k"), "--json").stdout)
-    run = f'name = "real"\n{found["toml"].replace(chr(34) + "stories260k", chr(34) + str(shared / "models" / "stories260k"))}\n'
+    section = found["toml"].replace('"stories260k', f'"{shared / "models" / "stories260k"}')
+    run = f'name = "real"\n{section}\n'
     run += "[round]\nprobes_max = 8\n[objective]\ntokens_max = 16\n"
     (tmp_path / "check.toml").write_text(run)
     RunSpec.from_toml(tmp_path / "check.toml")

@@ -1,4 +1,4 @@
-"""Real models learn in a network of real processes: losses fall, replicas stay bit-identical, replay gives the model."""
+"""Real models learn in a network of real processes: losses fall, replicas stay equal, replay gives the model."""
 
 import json
 from dataclasses import dataclass
