@@ -29,7 +29,7 @@ from peerturb.protocol.records import (
     RunStarted,
 )
 from peerturb.protocol.sealing import SealDecision, SealReason, seal_decision
-from peerturb.protocol.status import CoordinatorStatus, Counters, PeerState
+from peerturb.protocol.status import CoordinatorStatus, Counters, describe_run
 from peerturb.spec import RunSpec
 
 _STALLS = (SealReason.NO_PEERS, SealReason.TOO_FEW)
@@ -188,41 +188,7 @@ class CoordinatorMachine:
 
     def status(self, now_ms: int) -> CoordinatorStatus:
         """Describe the run. Changes nothing."""
-        ledger = self.ledger
-        decision = self.decision(now_ms)
-        if decision is not None:
-            waiting_for = decision.text
-        else:
-            waiting_for = "the run is finished" if ledger.is_finished else "no round is open yet"
-        peers = tuple(
-            PeerState(
-                slot=member.slot,
-                key=member.key,
-                name=member.name,
-                state=self._members.state(member.slot, is_joined=member.is_joined),
-                probes=member.probes,
-                last_round=member.last_round,
-                loss=self._losses.get(member.slot, float("nan")),
-            )
-            for member in ledger.members
-        )
-        return CoordinatorStatus(
-            name=self.spec.name,
-            spec_digest=self.spec.digest,
-            round=ledger.sealed_rounds,
-            head=ledger.position,
-            peers=peers,
-            reason=None if decision is None else decision.reason,
-            waiting_for=waiting_for,
-            connected=self._members.connected,
-            probes=ledger.probes,
-            void_codes=ledger.void_codes,
-            loss=ledger.loss,
-            scale=ledger.scale if ledger.open is None else ledger.open.scale,
-            alpha=ledger.alpha,
-            digest=ledger.digest,
-            is_finished=ledger.is_finished,
-        )
+        return describe_run(self.spec, self.ledger, self._members, self._losses, self.decision(now_ms))
 
     # --- time -------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,14 @@
 """What a coordinator's machine tells about itself: for the status call, metrics and displays."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from peerturb.errors import RejectCode
 from peerturb.ids import PeerKey, Position, Slot
-from peerturb.protocol.sealing import SealReason
+from peerturb.protocol.ledger import Ledger
+from peerturb.protocol.membership import Membership
+from peerturb.protocol.sealing import SealDecision, SealReason
+from peerturb.spec import RunSpec
 
 
 @dataclass(slots=True)
@@ -58,3 +62,50 @@ class CoordinatorStatus:
     alpha: float
     digest: int
     is_finished: bool
+
+
+def describe_run(
+    spec: RunSpec, ledger: Ledger, members: Membership, losses: Mapping[Slot, float], decision: SealDecision | None
+) -> CoordinatorStatus:
+    """Put together what log, sessions and seal rule say.
+
+    Args:
+        spec: the run's.
+        ledger: fold of the log.
+        members: sessions and leases.
+        losses: of each slot's newest contribution to this process.
+        decision: what the seal rule says about the open round, None if there is none.
+    """
+    if decision is not None:
+        waiting_for = decision.text
+    else:
+        waiting_for = "the run is finished" if ledger.is_finished else "no round is open yet"
+    peers = tuple(
+        PeerState(
+            slot=member.slot,
+            key=member.key,
+            name=member.name,
+            state=members.state(member.slot, is_joined=member.is_joined),
+            probes=member.probes,
+            last_round=member.last_round,
+            loss=losses.get(member.slot, float("nan")),
+        )
+        for member in ledger.members
+    )
+    return CoordinatorStatus(
+        name=spec.name,
+        spec_digest=spec.digest,
+        round=ledger.sealed_rounds,
+        head=ledger.position,
+        peers=peers,
+        reason=None if decision is None else decision.reason,
+        waiting_for=waiting_for,
+        connected=members.connected,
+        probes=ledger.probes,
+        void_codes=ledger.void_codes,
+        loss=ledger.loss,
+        scale=ledger.scale if ledger.open is None else ledger.open.scale,
+        alpha=ledger.alpha,
+        digest=ledger.digest,
+        is_finished=ledger.is_finished,
+    )
