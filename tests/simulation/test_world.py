@@ -9,7 +9,8 @@ from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.records import PeerLeft, RoundSealed
 from peerturb.spec import ModelSpec, ObjectiveSpec, RoundSpec, RunSpec
 from peerturb.wire.records import RecordDecoder
-from tests.simulation.world import BASE, Coordinator, Faults, Peer, World, mix
+from tests.simulation.peer import BASE, Peer, mix
+from tests.simulation.world import Coordinator, Faults, World
 
 ROUNDS = 30
 
