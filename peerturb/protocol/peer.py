@@ -14,9 +14,9 @@ from peerturb.ids import PeerKey, RoundNumber, Slot
 from peerturb.protocol.backoff import HANDSHAKE_MS_MAX, is_worth_retrying, wait_ms
 from peerturb.protocol.floats import f32
 from peerturb.protocol.ledger import Ledger
+from peerturb.protocol.measuring import Measuring
 from peerturb.protocol.messages import (
     Challenge,
-    Contribution,
     Evaluation,
     Hello,
     Leave,
@@ -27,28 +27,22 @@ from peerturb.protocol.messages import (
 )
 from peerturb.protocol.outputs import (
     Append,
-    Apply,
-    CancelMeasure,
     Connect,
     Disconnect,
     Evaluate,
-    Measure,
     Notice,
     PeerOutput,
-    Rebuild,
     Say,
     Stop,
 )
 from peerturb.protocol.peer_status import PeerStatus, Session
 from peerturb.protocol.probing import ProbeBudget
 from peerturb.protocol.records import Record, RoundSealed, RunStarted
+from peerturb.protocol.replica import APPLIES_MAX, Replica
 from peerturb.protocol.results import Applied, EvaluatedResult, Measured, Rebuilt, Result
 from peerturb.spec import PROTOCOL_VERSION, RunSpec
 
-__all__ = ["PeerMachine", "PeerStatus", "Session"]
-
-APPLIES_MAX = 32
-"""Sealed rounds handed to the shell and not yet applied; more wait as records."""
+__all__ = ["APPLIES_MAX", "PeerMachine", "PeerStatus", "Session"]
 
 INBOX_RECORDS_MAX = 4_096
 """Records received and not yet taken in, above which the shell should stop reading."""
@@ -94,12 +88,13 @@ class PeerMachine:
         self.spec = spec
         self.ledger = ledger if ledger is not None else Ledger()
         assert self.ledger.spec is None or self.ledger.spec.digest == spec.digest
-        assert len(unapplied) <= self.ledger.sealed_rounds
         self.slot: Slot | None = None
         self._key, self._name, self._token = key, name, token
         self._base_digest, self._manifest_digest = base_digest, manifest_digest
         most = spec.round.probes_max if probes_max is None else min(probes_max, spec.round.probes_max)
-        self._budget = ProbeBudget(probes_max=most, budget_ms=spec.round.budget_ms)
+        budget = ProbeBudget(probes_max=most, budget_ms=spec.round.budget_ms)
+        self._measuring = Measuring(budget, spec.round.probes_max)
+        self._replica = Replica(self.ledger.sealed_rounds, unapplied, digest)
         self._evaluates = evaluates and spec.objective.eval_every > 0
         self._session = Session.WAITING
         self._attempt, self._connect_at_ms = 0, 0
@@ -107,24 +102,8 @@ class PeerMachine:
         self._refusals = 0
         self._head = 0
         self._inbox: deque[Record] = deque()
-        self._to_apply: deque[RoundSealed] = deque(unapplied)
-        self._applying: deque[RoundSealed] = deque()
-        self._rounds_applied = self.ledger.sealed_rounds - len(unapplied)
-        self._digest = digest
-        self._measuring: RoundNumber | None = None
-        self._measured_on = 0
-        self._is_cancelled = False
-        self._may_cancel = False
-        self._last: Contribution | None = None
-        self._is_said = False
         self._evaluating = False
         self._evaluated_at = -1
-        self._suspicion: str | None = None
-        self._suspect_round = 0
-        self._rebuilding = False
-        self._rebuilt_at = -1
-        if self._to_apply:
-            self._compare(self._to_apply[0])
 
     # --- what the shell tells ---------------------------------------------------------------------------------------
 
@@ -195,18 +174,15 @@ class PeerMachine:
             return [Connect()]
         if self._session in (Session.CONNECTING, Session.JOINING) and now_ms >= self._give_up_at_ms:
             return self._reconnect("the coordinator did not answer", now_ms)
-        if self._suspicion is not None:
+        if self._replica.suspicion is not None:
             return self._rebuild()
-        if self.ledger.is_finished and self._measuring is not None and not self._is_cancelled:
-            self._is_cancelled = True
-            return [CancelMeasure(round=self._measuring)]
-        if self._to_apply and len(self._applying) < APPLIES_MAX:
-            sealed = self._to_apply.popleft()
-            self._applying.append(sealed)
-            return [Apply(sealed=sealed)]
-        if self._inbox and len(self._applying) < APPLIES_MAX:
+        if self.ledger.is_finished and (cancelled := self._measuring.cancel()):
+            return cancelled
+        if handed := self._replica.hand_out():
+            return handed
+        if self._inbox and not self._replica.is_full:
             return self._take_in()
-        if self._applying or self._inbox:
+        if self._replica.is_applying or self._inbox:
             return []
         return self._finish() if self.ledger.is_finished else self._work()
 
@@ -232,9 +208,7 @@ class PeerMachine:
         if self._inbox and self._inbox[0] is record:
             self._inbox.popleft()
         if isinstance(record, RoundSealed):
-            self._to_apply.append(record)
-            if self._rounds_applied == record.round:
-                self._compare(record)
+            self._replica.sealed(record)
 
     @property
     def wants_records(self) -> bool:
@@ -251,10 +225,10 @@ class PeerMachine:
             position=self.ledger.position,
             head=max(self._head, self.ledger.position),
             rounds_sealed=self.ledger.sealed_rounds,
-            rounds_applied=self._rounds_applied,
-            measuring=self._measuring,
+            rounds_applied=self._replica.rounds,
+            measuring=self._measuring.round,
             backlog=len(self._inbox),
-            digest=self._digest,
+            digest=self._replica.digest,
             is_finished=self.ledger.is_finished,
             contributions=0 if member is None else member.contributions,
         )
@@ -265,7 +239,7 @@ class PeerMachine:
         self._session = Session.WAITING
         self._connect_at_ms = now_ms + wait_ms(self._key, self._attempt)
         self._attempt += 1
-        self._may_cancel = False
+        self._measuring.disconnected()
 
     def _reconnect(self, why: str, now_ms: int) -> list[PeerOutput]:
         self._wait(now_ms)
@@ -275,10 +249,7 @@ class PeerMachine:
     def _stop(self, code: RejectCode | None, why: str) -> list[PeerOutput]:
         if self._session is Session.STOPPED:
             return []
-        goodbye: list[PeerOutput] = []
-        if self._measuring is not None and not self._is_cancelled:
-            self._is_cancelled = True
-            goodbye.append(CancelMeasure(round=self._measuring))
+        goodbye = self._measuring.cancel()
         if self._session is Session.JOINED and code is None:
             goodbye.append(Say(message=Leave()))
         self._session = Session.STOPPED
@@ -293,14 +264,14 @@ class PeerMachine:
             return self._stop(RejectCode.LOG_DIVERGED, why)
         self._session = Session.JOINED
         self._attempt = self._refusals = 0
-        self._is_said = False
+        self._measuring.joined()
         self.slot, self._head = welcome.slot, welcome.head
         return []
 
     def _refusal(self, refusal: Refusal, now_ms: int) -> list[PeerOutput]:
         if not refusal.closes:
-            if refusal.code is RejectCode.DIGEST_MISMATCH and self._rebuilt_at < self._rounds_applied:
-                self._suspect(refusal.why, self._rounds_applied)
+            if refusal.code is RejectCode.DIGEST_MISMATCH:
+                self._replica.doubted(refusal.why)
             quiet = refusal.code in (RejectCode.STALE_ROUND, RejectCode.RUN_FINISHED)
             return [] if quiet else [Notice(code=f"refused_{refusal.code.name.lower()}", text=refusal.why)]
         self._refusals += 1
@@ -328,42 +299,18 @@ class PeerMachine:
         if why is not None:
             text = f"the coordinator sent an illegal log: record {self.ledger.position} ({type(record).__name__}) {why}"
             return self._stop(RejectCode.LOG_DIVERGED, text)
-        outputs: list[PeerOutput] = []
-        is_too_late = isinstance(record, RoundSealed) and self._measuring is not None and not self._is_cancelled
-        if is_too_late and self._may_cancel:
-            # Never twice in a row, and never before this session's first contribution: a contribution that comes late
-            # shows the coordinator that we keep up and how long we take; without it a slow peer would never be awaited.
-            self._is_cancelled, self._may_cancel = True, False
-            assert self._measuring is not None
-            outputs.append(CancelMeasure(round=self._measuring))
-        outputs.append(Append(record=record))
-        return outputs
-
-    def _compare(self, sealed: RoundSealed) -> None:
-        """Check our weights against those the round was measured on."""
-        if sealed.digest != self._digest:
-            ours, canonical = f"{self._digest:08x}", f"{sealed.digest:08x}"
-            why = f"before round {sealed.round} our weights are {ours}, the canonical ones {canonical}"
-            self._suspect(why, sealed.round)
-
-    def _suspect(self, why: str, round_: int) -> None:
-        if self._suspicion is None and not self._rebuilding:
-            self._suspicion, self._suspect_round = why, round_
+        cancelled = self._measuring.cancel_late() if isinstance(record, RoundSealed) else []
+        return [*cancelled, Append(record=record)]
 
     def _rebuild(self) -> list[PeerOutput]:
         """Once nothing else is being done, replay the local log; a second difference at one place is hopeless."""
-        assert self._suspicion is not None
-        if self._rebuilding or self._applying or self._measuring is not None or self._evaluating:
-            if self._measuring is not None and not self._is_cancelled:
-                self._is_cancelled = True
-                return [CancelMeasure(round=self._measuring)]
-            return []
-        if self._rebuilt_at == self._suspect_round:
-            why = f"{self._suspicion}, even after a rebuild from the log: faulty memory, or other base weights?"
+        is_working = self._replica.is_applying or self._measuring.round is not None or self._evaluating
+        if is_working or self._replica.rebuilding:
+            return self._measuring.cancel()
+        if self._replica.is_hopeless:
+            why = f"{self._replica.suspicion}, even after a rebuild from the log: faulty memory, or other base weights?"
             return self._stop(RejectCode.DIGEST_MISMATCH, why)
-        self._rebuilding = True
-        self._to_apply.clear()  # the rebuild replays them too
-        return [Rebuild(why=self._suspicion)]
+        return self._replica.rebuild()
 
     # --- work -------------------------------------------------------------------------------------------------------
 
@@ -372,17 +319,10 @@ class PeerMachine:
         opened = self.ledger.open
         if self._session is not Session.JOINED or opened is None or self.ledger.position < self._head:
             return []
-        if self._last is not None and self._last.round == opened.round:
-            if not self._is_said:
-                self._is_said = self._may_cancel = True
-                return [Say(message=self._last)]
-        elif self._measuring is None:
-            self._measuring, self._measured_on, self._is_cancelled = opened.round, self._digest, False
-            return [Measure(round=opened.round, scale=opened.scale, count=self._budget.count())]
-        return self._evaluation()
+        return self._measuring.step(opened, self._replica.digest) or self._evaluation()
 
     def _evaluation(self) -> list[PeerOutput]:
-        rounds = self._rounds_applied
+        rounds = self._replica.rounds
         is_last = self.ledger.is_finished
         if not self._evaluates or self._evaluating or rounds == self._evaluated_at:
             return []
@@ -394,7 +334,7 @@ class PeerMachine:
     def _finish(self) -> list[PeerOutput]:
         """Everything is applied: evaluate once more, then say goodbye."""
         outputs = self._evaluation()
-        if outputs or self._evaluating or self._measuring is not None:
+        if outputs or self._evaluating or self._measuring.round is not None:
             return outputs
         return self._stop(None, f"the run is finished after {self.ledger.sealed_rounds} rounds")
 
@@ -403,42 +343,16 @@ class PeerMachine:
     def _completed(self, result: Result) -> list[PeerOutput]:
         match result:
             case Measured():
-                return self._completed_measure(result)
+                return self._measuring.completed(result, is_joined=self._session is Session.JOINED)
             case Applied():
-                return self._completed_apply(result)
+                self._replica.applied(result)
+                return []
             case EvaluatedResult():
                 return self._completed_evaluation(result)
             case Rebuilt():
                 return self._completed_rebuild(result)
             case _:
                 assert_never(result)
-
-    def _completed_measure(self, result: Measured) -> list[PeerOutput]:
-        """Send the contribution, even a late one: it shows the coordinator how long we take."""
-        assert result.round == self._measuring, f"measured round {result.round}, asked for {self._measuring}"
-        self._measuring = None
-        if self._is_cancelled:
-            return []
-        assert 1 <= len(result.codes) <= self.spec.round.probes_max
-        self._budget.observe(probes=len(result.codes), elapsed_ms=result.elapsed_ms)
-        self._last = Contribution(
-            round=result.round, codes=result.codes, loss=f32(result.loss), digest=self._measured_on
-        )
-        self._is_said = self._may_cancel = self._session is Session.JOINED
-        return [Say(message=self._last)] if self._is_said else []
-
-    def _completed_apply(self, result: Applied) -> list[PeerOutput]:
-        sealed = self._applying.popleft()
-        assert result.round == sealed.round, f"applied round {result.round}, the next was {sealed.round}"
-        self._rounds_applied = result.round + 1
-        if result.digest is None:
-            assert self._applying, "the last round of a burst comes with a digest"
-            return []
-        self._digest = result.digest
-        following = self._applying or self._to_apply
-        if following:
-            self._compare(following[0])
-        return []
 
     def _completed_evaluation(self, result: EvaluatedResult) -> list[PeerOutput]:
         self._evaluating = False
@@ -456,10 +370,8 @@ class PeerMachine:
         assert result.rounds == self.ledger.sealed_rounds, (
             f"rebuilt {result.rounds} of {self.ledger.sealed_rounds} rounds"
         )
-        self._rebuilding, self._suspicion = False, None
-        self._rounds_applied, self._digest, self._rebuilt_at = result.rounds, result.digest, result.rounds
-        if self._last is not None and self._last.digest != result.digest:
-            self._last = None
+        self._replica.rebuilt(result)
+        self._measuring.rebuilt(result.digest)
         return [
             Notice(code="rebuilt", text=f"weights rebuilt from the log: {result.rounds} rounds, {result.digest:08x}")
         ]
