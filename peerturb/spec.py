@@ -50,7 +50,7 @@ class PerturbationSpec(Section):
     """Half the distance between the two evaluations of a probe."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How g / s becomes an integer."""
-    initial_scale: float = Field(default=0.05, gt=0, le=1e6)
+    initial_scale: float = Field(default=0.5, gt=0, le=1e6)
     """s of round 0; later scales follow from the sealed codes."""
 
 

@@ -150,7 +150,7 @@ class ProbeEngine:
     ) -> ProbeResult:
         """Measure up to `count` samples (by default the RunSpec's most) and encode their projected gradients.
 
-        At least one micro-batch is measured, whatever `should_stop` says.
+        At least sample 0 is measured, whatever `should_stop` says.
         """
         measured = self.measure(round_number, slot=slot, count=count, should_stop=should_stop)
         gradients = self.projected_gradients(measured)
@@ -183,7 +183,7 @@ class ProbeEngine:
         is_done = np.zeros(count, dtype=np.bool_)
         tokens = 0
         for samples in self.micro_batches(drawn):
-            if is_done.any() and should_stop():
+            if is_done[0] and should_stop():  # without sample 0 nothing measured so far would count
                 break
             losses = self._losses(round_number, slot, samples, drawn)
             plus[samples], minus[samples] = losses[:, 0], losses[:, 1]

@@ -25,7 +25,7 @@ SPEC = {
         "template": "{text}",
         "tokens_max": 64,
     },
-    "perturbation": {"epsilon": 0.001, "family": "rank1", "initial_scale": 0.05, "rounding": "nearest"},
+    "perturbation": {"epsilon": 0.001, "family": "rank1", "initial_scale": 0.5, "rounding": "nearest"},
     "protocol": 1,
     "round": {
         "budget_ms": 0,
@@ -90,7 +90,7 @@ def rms(codes: bytes) -> float:
 def main() -> None:
     spec = json.dumps(SPEC, sort_keys=True, separators=(",", ":")).encode()
     first, second = b"\x05\x80\xfe\x40", b"\x7f\x81\x01"
-    scale0 = f32(0.05)
+    scale0 = f32(0.5)
     scale1 = f32(scale0 * min(max(math.sqrt(rms(first) / 32), 0.25), 2.0))
     scale2 = f32(scale1 * min(max(math.sqrt(rms(second) / 32), 0.25), 2.0))
     alpha0 = f32(0.015 / (3 * rms(first)))
