@@ -150,7 +150,7 @@ class ProbeEngine:
     ) -> ProbeResult:
         """Measure up to `count` samples (by default the RunSpec's most) and encode their projected gradients.
 
-        At least sample 0 is measured, whatever `should_stop` says.
+        The micro-batch of sample 0 is measured, whatever `should_stop` says.
         """
         measured = self.measure(round_number, slot=slot, count=count, should_stop=should_stop)
         gradients = self.projected_gradients(measured)
@@ -183,7 +183,7 @@ class ProbeEngine:
         is_done = np.zeros(count, dtype=np.bool_)
         tokens = 0
         for samples in self.micro_batches(drawn):
-            if is_done[0] and should_stop():  # without sample 0 nothing measured so far would count
+            if is_done.any() and should_stop():
                 break
             losses = self._losses(round_number, slot, samples, drawn)
             plus[samples], minus[samples] = losses[:, 0], losses[:, 1]
@@ -247,12 +247,15 @@ class ProbeEngine:
         window = len(drawn) if self.spec.round.budget_ms == 0 else WINDOW * typical
         for begin in range(0, len(drawn), window):
             order = begin + np.argsort(-lengths[begin : begin + window], kind="stable")
+            groups: list[NDArray[np.int64]] = []
             while order.size:
                 size = max(1, self._rows_limit(drawn[order[0]]) // rows_per_sample)
                 pieces = -(-order.size // size)
                 size = -(-order.size // pieces)  # the last group as large as the others
-                yield order[:size]
+                groups.append(order[:size])
                 order = order[size:]
+            # Only what reaches from sample 0 on without a gap counts: the group with the lowest sample comes first.
+            yield from sorted(groups, key=lambda group: int(group.min()))
 
     def _rows_limit(self, sequences: list[TokenSequence]) -> int:
         """Rows of sequences as long as the longest of these that fit one forward."""
