@@ -12,6 +12,7 @@ from typing import Any
 
 from peerturb.errors import LogError, SpecError
 from peerturb.protocol.records import Evaluated, Record, RoundOpened, RoundSealed
+from peerturb.runlog.chain import CHAIN_START, chain_after
 from peerturb.runlog.fold import describe
 from peerturb.runlog.reader import read_entries
 from peerturb.runlog.writer import LogWriter
@@ -105,10 +106,17 @@ class Source:
         """
         if path.exists():
             raise LogError(f"{path} exists; choose another name or remove it")
-        with LogWriter.open(path) as writer:
-            for payload in self.payloads():
-                writer.append_payload(payload)
-            return writer.position
+        partial = path.with_name(path.name + ".partial")
+        partial.unlink(missing_ok=True)
+        try:
+            with LogWriter.open(partial) as writer:
+                for payload in self.payloads():
+                    writer.append_payload(payload)
+                count = writer.position
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)  # half a log must not look like a whole one
+        return count
 
     @contextmanager
     def as_file(self) -> Iterator[Path]:
@@ -126,10 +134,14 @@ def _from_database(path: Path) -> Iterator[bytes]:
     """Read a coordinator's table without disturbing a coordinator that has it open."""
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-            rows = connection.execute("SELECT position, payload FROM record ORDER BY position")
-            for expected, (position, payload) in enumerate(rows):
+            rows = connection.execute("SELECT position, chain, payload FROM record ORDER BY position")
+            chain = CHAIN_START
+            for expected, (position, written, payload) in enumerate(rows):
                 if position != expected:
                     raise LogError(f"{path}: record {expected} is missing")
+                chain = chain_after(chain, payload)
+                if chain != written:
+                    raise LogError(f"{path}: record {position} does not hash to the chain written with it")
                 yield bytes(payload)
     except sqlite3.Error as error:
         raise LogError(f"cannot read the log in {path}: {error}") from error

@@ -104,11 +104,14 @@ async def _take_part(
         is_second = True
         kept = set_aside(log.path)
         compute.reset()
-        (folder / compute.checkpoint_name).unlink(missing_ok=True)
+        checkpoint = folder / compute.checkpoint_name
+        names = kept.name
+        if checkpoint.exists():  # they may be the last copy of the trained weights
+            names += f", the checkpoint as {set_aside(checkpoint).name}"
         events.emit(
             "notice",
             code="log_set_aside",
-            text=f"{ended.why}; the local log is kept as {kept.name}, everything is fetched again",
+            text=f"{ended.why}; the local log is kept as {names}; everything is fetched again",
         )
 
 

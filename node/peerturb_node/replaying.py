@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from peerturb.errors import LogError, RefusedError, RejectCode
+from peerturb.errors import LogError, RefusedError, RejectCode, SpecError
 from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.records import RoundSealed
 from peerturb.runlog.reader import read_records
@@ -25,6 +25,7 @@ def replay_log(
 
     Raises:
         LogError: the log is damaged, illegal, or does not fit the weights.
+        SpecError: the log ends before `until`.
         ModelError: the model cannot be loaded or written.
         RefusedError: the base weights are not the run's.
     """
@@ -37,6 +38,8 @@ def replay_log(
     spec = ledger.spec
     if spec is None:
         raise LogError(f"{path}: the log is empty: it has no whole record")
+    if until is not None and until > len(sealed):
+        raise SpecError(f"--until {until}: {path} has only {len(sealed)} sealed rounds")
     source = model or spec.model.name
     loaded, tokenizer = load_model(source, spec.model.dtype, device=choose_device(device))
     digest = base_digest(loaded, spec.model.dtype)

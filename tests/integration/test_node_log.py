@@ -1,6 +1,8 @@
 """`peerturb log` on a file, on a coordinator's folder and on a running coordinator; damage is named."""
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -44,10 +46,24 @@ def test_the_log_commands(tmp_path: Path) -> None:
         broken = net.run("log", "verify", str(stored))
         assert broken.returncode == 3
         assert "record 20" in broken.stderr
+        _damage(net.data_dir / "run.sqlite", position=5)
+        for arguments in (["verify", folder], ["export", folder, "--out", str(tmp_path / "x.runlog")]):
+            damaged = net.run("log", *arguments)
+            assert damaged.returncode == 3
+            assert "record 5" in damaged.stderr
+        assert not list(tmp_path.glob("x.runlog*")), "half a log is no log"
         live.write_bytes(live.read_bytes()[:-3])
         torn = net.run("log", "verify", str(live))
         assert torn.returncode == 0
         assert "not written whole" in torn.stdout
+
+
+def _damage(database: Path, *, position: int) -> None:
+    """Flip a bit of one record's bytes, as a bad disk would."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        (payload,) = connection.execute("SELECT payload FROM record WHERE position = ?", (position,)).fetchone()
+        changed = bytes([payload[0] ^ 1]) + payload[1:]
+        connection.execute("UPDATE record SET payload = ? WHERE position = ?", (changed, position))
 
 
 @pytest.mark.parametrize(
