@@ -3,6 +3,7 @@
 import asyncio
 import math
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -14,7 +15,7 @@ from peerturb.errors import LogError, SpecError
 from peerturb.protocol.records import Evaluated, Record, RoundOpened, RoundSealed
 from peerturb.runlog.chain import CHAIN_START, chain_after
 from peerturb.runlog.fold import describe
-from peerturb.runlog.reader import read_entries
+from peerturb.runlog.reader import LogEnd, read_entries
 from peerturb.runlog.writer import LogWriter
 from peerturb.wire import WireError
 from peerturb.wire.records import RecordDecoder
@@ -76,8 +77,10 @@ class Source:
             UnreachableError, RefusedError: the coordinator does not give it.
         """
         if self.file is not None:
-            for entry, _ in read_entries(self.file):
+            end = LogEnd()
+            for entry, _ in read_entries(self.file, end):
                 yield entry.payload
+            warn_of_torn_tail(self.file, end)
         elif self.database is not None:
             yield from _from_database(self.database)
         else:
@@ -128,6 +131,13 @@ class Source:
             path = Path(folder) / "run.runlog"
             self.write(path)
             yield path
+
+
+def warn_of_torn_tail(path: Path, end: LogEnd) -> None:
+    """Say on standard error that the log's last record was never written whole, if so."""
+    if end.torn_bytes:
+        text = f"{path}: the last {end.torn_bytes} bytes are a record not written whole; they are left out"
+        print(text, file=sys.stderr)
 
 
 def _from_database(path: Path) -> Iterator[bytes]:

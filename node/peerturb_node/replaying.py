@@ -11,11 +11,12 @@ from rich.progress import Progress
 from peerturb.errors import LogError, RefusedError, RejectCode, SpecError
 from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.records import RoundSealed
-from peerturb.runlog.reader import read_records
+from peerturb.runlog.reader import LogEnd, read_entries
 from peerturb.zo.export import export_model
 from peerturb.zo.model import base_digest, build_manifest, load_model, trainable_weights
 from peerturb.zo.replay import replay
 from peerturb_node.compute.torch_compute import choose_device, mismatch
+from peerturb_node.logsource import warn_of_torn_tail
 
 
 def replay_log(
@@ -31,10 +32,12 @@ def replay_log(
     """
     ledger = Ledger()
     sealed: list[RoundSealed] = []
-    for record in read_records(path):
+    end = LogEnd()
+    for _, record in read_entries(path, end):
         ledger.apply(record)
         if isinstance(record, RoundSealed):
             sealed.append(record)
+    warn_of_torn_tail(path, end)
     spec = ledger.spec
     if spec is None:
         raise LogError(f"{path}: the log is empty: it has no whole record")

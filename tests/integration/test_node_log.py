@@ -56,6 +56,10 @@ def test_the_log_commands(tmp_path: Path) -> None:
         torn = net.run("log", "verify", str(live))
         assert torn.returncode == 0
         assert "not written whole" in torn.stdout
+        for arguments in (["show", str(live)], ["export", str(live), "--out", str(tmp_path / "cut.runlog")]):
+            cut = net.run("log", *arguments)
+            assert cut.returncode == 0
+            assert "not written whole" in cut.stderr
 
 
 def _damage(database: Path, *, position: int) -> None:

@@ -130,14 +130,15 @@ class TestSqliteLogStore(StoreContract):
         with pytest.raises(LogError, match="data folder"):
             SqliteLogStore(tmp_path / "data")
 
-    def test_a_damaged_record_is_named(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("position", [0, 5, 499])
+    def test_a_damaged_record_is_named(self, tmp_path: Path, position: int) -> None:
         store = SqliteLogStore(tmp_path)
-        store.append([entry(number) for number in range(20)])
+        store.append([entry(number) for number in range(500)])
         store.close()
         with sqlite3.connect(tmp_path / DATABASE_FILE) as connection:
-            connection.execute("UPDATE record SET payload = x'00' WHERE position = 17")
+            connection.execute("UPDATE record SET payload = x'00' WHERE position = ?", (position,))
         connection.close()
-        with pytest.raises(LogError, match=r"record 17 does not hash"):
+        with pytest.raises(LogError, match=rf"record {position} does not hash"):
             SqliteLogStore(tmp_path)
 
     def test_a_missing_record_is_noticed(self, tmp_path: Path) -> None:
