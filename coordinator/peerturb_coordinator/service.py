@@ -116,7 +116,7 @@ class CoordinatorService:
         except WireError as error:
             self._runner.refuse(session, error.code, error.why)
         except grpc.aio.BaseError as error:
-            # Oversized message, reset stream, lost connection: gRPC has ended the call already.
+            # Message beyond gRPC's own limit, reset stream, lost connection: gRPC has ended the call already.
             self._events.debug("stream_broken", session=session.id, why=repr(error))
         except Exception as error:
             # Not foreseen: the session ends, the coordinator and the run do not.

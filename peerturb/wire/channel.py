@@ -37,6 +37,10 @@ KEEPALIVE_TIMEOUT_MS = 20_000
 SERVER_MESSAGE_BYTES_MAX = limits.RECORD_BATCH_BYTES + limits.RECORD_BYTES_MAX
 """A batch ends with the record that passes RECORD_BATCH_BYTES, and one record may have RECORD_BYTES_MAX."""
 
+CLIENT_MESSAGE_SLACK_BYTES = 64 * 1024
+"""What gRPC lets a peer's message have above CLIENT_MESSAGE_BYTES_MAX. gRPC drops a stream without a word of ours; a
+message a bit too large shall be refused by the protocol, with its code, and be counted."""
+
 FEED_COMPRESSION = grpc.Compression.Deflate
 """Of what a coordinator sends in a session: 11 bytes less on a round of 512 codes, 17 % less in catch-up (docs/LOG.md).
 What peers send is too short to gain."""
@@ -92,7 +96,7 @@ def server_options() -> Options:
     """Return the options of a server's socket."""
     return [
         *_SHARED,
-        ("grpc.max_receive_message_length", limits.CLIENT_MESSAGE_BYTES_MAX),
+        ("grpc.max_receive_message_length", limits.CLIENT_MESSAGE_BYTES_MAX + CLIENT_MESSAGE_SLACK_BYTES),
         ("grpc.max_send_message_length", SERVER_MESSAGE_BYTES_MAX),
         ("grpc.max_metadata_size", 8 * 1024),
         # A connection without a call is a stranger's, or a status command's that was forgotten.

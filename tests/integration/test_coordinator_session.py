@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -12,8 +12,9 @@ import pytest
 
 from peerturb import limits
 from peerturb.errors import RejectCode
-from peerturb.wire.channel import Security, open_channel, token_metadata
+from peerturb.wire.channel import CLIENT_MESSAGE_SLACK_BYTES, Security, open_channel, token_metadata
 from peerturb.wire.v1 import coordinator_pb2 as pb
+from peerturb.wire.v1.coordinator_pb2_grpc import CoordinatorStub
 from tests.integration.coordinator_process import (
     PATIENCE_S,
     CoordinatorProcess,
@@ -24,9 +25,13 @@ from tests.integration.coordinator_process import (
     write_spec,
 )
 
+if TYPE_CHECKING:
+    from peerturb.wire.v1.coordinator_pb2_grpc import CoordinatorAsyncStub
+
 pytestmark = pytest.mark.integration
 
 TOKEN = "open-sesame"
+SESSION_METHOD = "/peerturb.wire.v1.Coordinator/Session"
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +179,7 @@ async def test_whatever_comes_before_the_hello_is_refused(
 async def _raw_session(address: str) -> AsyncIterator[Any]:
     """Open a session whose messages are bytes."""
     async with await open_channel(address, Security(insecure=True)) as channel:
-        yield channel.stream_stream("/peerturb.wire.v1.Coordinator/Session")()
+        yield channel.stream_stream(SESSION_METHOD)()
 
 
 @pytest.mark.parametrize(
@@ -215,17 +220,42 @@ async def test_a_late_contribution_is_harmless(tmp_path: Path) -> None:
             await peer.take_part(5)
 
 
-async def test_an_oversized_message_ends_its_session_only(served: CoordinatorProcess) -> None:
-    async with stub_for(served.address) as stub:
-        peer = await LightPeer(served.spec, stub, seed=6, token=TOKEN).join()
-        # Our own channel would not even send it.
-        options = [("grpc.max_send_message_length", -1)]
-        async with grpc.aio.insecure_channel(served.address, options=options) as channel:
-            hostile: Any = channel.stream_stream("/peerturb.wire.v1.Coordinator/Session")()
-            await hostile.write(b"\x00" * (limits.CLIENT_MESSAGE_BYTES_MAX + 1))
-            assert await asyncio.wait_for(hostile.code(), PATIENCE_S) is grpc.StatusCode.RESOURCE_EXHAUSTED
-        await peer.contribute(round=9)
-        assert (await peer.refusal()).code == RejectCode.FUTURE_ROUND
+async def test_an_oversized_message_is_refused_by_its_code_and_counted(served: CoordinatorProcess) -> None:
+    # Our own channel would not even send it.
+    async with stub_for(served.address) as stub, _loose_channel(served.address) as channel:
+        bystander = await LightPeer(served.spec, stub, seed=6, token=TOKEN).join()
+        loose: CoordinatorAsyncStub = CoordinatorStub(channel)
+        member = await LightPeer(served.spec, loose, seed=10, token=TOKEN).join()
+        await member.until_round(0)
+        before = (await stub.Status(pb.StatusRequest())).rejects["oversized"]
+        await member.contribute(codes=b"\x01" * limits.CLIENT_MESSAGE_BYTES_MAX)
+        refusal = await member.refusal()
+        assert refusal.code == RejectCode.OVERSIZED
+        assert refusal.closes
+        assert str(limits.CLIENT_MESSAGE_BYTES_MAX) in refusal.why
+        await member.until_end()
+        stranger: Any = channel.stream_stream(SESSION_METHOD)()
+        await stranger.write(b"\x00" * (limits.CLIENT_MESSAGE_BYTES_MAX + CLIENT_MESSAGE_SLACK_BYTES))
+        assert pb.ToPeer.FromString(await stranger.read()).refusal.code == RejectCode.OVERSIZED
+        assert await stranger.read() is grpc.aio.EOF
+        assert (await stub.Status(pb.StatusRequest())).rejects["oversized"] == before + 2
+        await bystander.contribute(round=9)
+        assert (await bystander.refusal()).code == RejectCode.FUTURE_ROUND
+
+
+async def test_grpc_ends_a_stream_whose_message_is_far_too_large(served: CoordinatorProcess) -> None:
+    async with stub_for(served.address) as stub, _loose_channel(served.address) as channel:
+        bystander = await LightPeer(served.spec, stub, seed=11, token=TOKEN).join()
+        hostile: Any = channel.stream_stream(SESSION_METHOD)()
+        await hostile.write(b"\x00" * (limits.CLIENT_MESSAGE_BYTES_MAX + CLIENT_MESSAGE_SLACK_BYTES + 1))
+        assert await asyncio.wait_for(hostile.code(), PATIENCE_S) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await bystander.contribute(round=9)
+        assert (await bystander.refusal()).code == RejectCode.FUTURE_ROUND
+
+
+def _loose_channel(address: str) -> grpc.aio.Channel:
+    """Return a channel that sends messages of any size."""
+    return grpc.aio.insecure_channel(address, options=[("grpc.max_send_message_length", -1)])
 
 
 async def test_rubbish_after_the_handshake_closes_the_session(served: CoordinatorProcess) -> None:
