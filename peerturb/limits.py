@@ -6,6 +6,10 @@ SLOTS_MAX = 65_536
 SESSIONS_MAX = 1_024
 """Peers connected at once. Each costs the coordinator about 100 KB, so this is 100 MB."""
 
+HALF_OPEN_MAX = 64
+"""Streams whose handshake is not complete, beside the sessions; the oldest gives way to a new one. A handshake takes
+two round trips, so an honest peer with 200 ms each is shut out only by more than 160 new streams a second."""
+
 PROBES_PER_CONTRIBUTION_MAX = 65_536
 """Codes in one contribution: 64 KiB on the wire."""
 

@@ -68,11 +68,6 @@ class Runner:
         """The machine's time."""
         return int(self._now_s() * 1000)
 
-    @property
-    def sessions(self) -> int:
-        """Streams open, half-open handshakes included."""
-        return len(self._sessions)
-
     def start(self) -> None:
         """Let the machine begin: record 0 of a new log, the open round of an old one."""
         self._run(())
@@ -111,6 +106,12 @@ class Runner:
     def refuse(self, session: Session, code: RejectCode, why: str) -> None:
         """Refuse on the service's own account, and end the session."""
         self._reject(self.machine.reject(session.id, code, why, closes=True), session)
+
+    def drop(self, session: Session, code: RejectCode, why: str) -> None:
+        """Refuse a stream by ending it at once: its peer may be one that reads nothing."""
+        self.machine.reject(session.id, code, why, closes=True)
+        self._events.debug("dropped", session=session.id, code=code.name.lower(), why=why)
+        session.cut(why)
 
     def _run(self, outputs: Sequence[CoordinatorOutput]) -> None:
         """Do what the machine decides until it is content, then announce the new records at once."""

@@ -10,6 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from peerturb import limits
 from peerturb.errors import UnreachableError
 from peerturb.spec import RunSpec
 from peerturb.wire.channel import is_loopback, join_address, server_credentials, server_options, split_address
@@ -23,7 +24,7 @@ from peerturb_coordinator.settings import CoordinatorSettings
 from peerturb_coordinator.store import LogStore
 
 _CALLS_MAX = 256
-"""Unary calls at once, beside the sessions."""
+"""Other calls at once, beside sessions and half-open handshakes."""
 
 
 class Server:
@@ -57,7 +58,8 @@ class Server:
         """
         host, _ = split_address(self._settings.listen)
         server = grpc.aio.server(
-            options=server_options(), maximum_concurrent_rpcs=self._settings.sessions_max + _CALLS_MAX
+            options=server_options(),
+            maximum_concurrent_rpcs=self._settings.sessions_max + limits.HALF_OPEN_MAX + _CALLS_MAX,
         )
         server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -21,6 +21,7 @@ from peerturb.wire.messages import parse_from_peer
 from peerturb.wire.v1 import coordinator_pb2 as pb
 from peerturb_coordinator.auth import Gate
 from peerturb_coordinator.events import Events
+from peerturb_coordinator.places import Places
 from peerturb_coordinator.runner import Runner
 from peerturb_coordinator.session import Session
 from peerturb_coordinator.settings import CoordinatorSettings
@@ -30,6 +31,8 @@ from peerturb_coordinator.store import LogStore
 SERVICE_NAME = "peerturb.wire.v1.Coordinator"
 
 _STOPPING = "the coordinator stops; come back later"
+_TOO_MANY_HANDSHAKES = f"more than {limits.HALF_OPEN_MAX} handshakes at once; try again"
+_TOO_SLOW = "you read too slowly; reconnect and continue from your position"
 
 _Context = grpc.aio.ServicerContext[object, bytes]
 """Session messages are bytes here, both ways; what is read may also be the end of the stream."""
@@ -47,6 +50,7 @@ class CoordinatorService:
         self._gate = gate
         self._settings = settings
         self._events = events
+        self._places = Places(sessions_max=settings.sessions_max)
         self._began_s = time.monotonic()
         self._is_stopping = False
 
@@ -79,34 +83,34 @@ class CoordinatorService:
             context.write,
             stall_timeout_s=self._settings.stall_timeout_ms / 1000,
         )
-        is_full = self._runner.sessions >= self._settings.sessions_max
         self._runner.opened(session)
-        reader = asyncio.create_task(self._read(session, context, is_full=is_full), name=f"session {session.id}")
+        if (oldest := self._places.enter(session)) is not None:
+            self._runner.drop(oldest, RejectCode.RUN_FULL, _TOO_MANY_HANDSHAKES)
+        reader = asyncio.create_task(self._read(session, context), name=f"session {session.id}")
         try:
             await session.pump()
         except TimeoutError:
-            self._runner.counts["dropped_slow_readers"] += 1
-            self._events.info("slow_reader_dropped", session=session.id, lag=session.lag)
             context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
-            context.set_details("you read too slowly; reconnect and continue from your position")
+            context.set_details(session.cut_why or _TOO_SLOW)
+            if not session.cut_why:
+                self._runner.counts["dropped_slow_readers"] += 1
+                self._events.info("slow_reader_dropped", session=session.id, lag=session.lag)
         except LogError as error:
             self._events.error("log_not_readable", why=str(error))
             context.set_code(grpc.StatusCode.DATA_LOSS)
             context.set_details("the coordinator cannot read its log there")
         finally:
+            self._places.leave(session)
             self._runner.closed(session)
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
 
-    async def _read(self, session: Session, context: _Context, *, is_full: bool) -> None:
+    async def _read(self, session: Session, context: _Context) -> None:
         """Take in what the peer sends; ends the session when it stops or breaks the rules."""
         try:
             if self._is_stopping:
                 session.refuse(RejectCode.SHUTTING_DOWN, _STOPPING, closes=True)
-            elif is_full:
-                why = f"all {self._settings.sessions_max} sessions of this coordinator are taken; try again later"
-                self._runner.refuse(session, RejectCode.RUN_FULL, why)
             elif await self._handshake(session, context):
                 while not session.is_closing and isinstance(data := await context.read(), bytes):
                     message = parse_from_peer(data)
@@ -166,8 +170,15 @@ class CoordinatorService:
             return RejectCode.NOT_JOINED, f"a {type(proof).__name__.lower()} came where a proof was due"
         if not self._gate.admits_proof(key=hello.key, nonce=nonce, signature=proof.signature):
             return RejectCode.BAD_SIGNATURE, f"the proof does not verify with the identity {hello.key.hex()[:16]}"
+        if session.is_closing:  # cut off meanwhile
+            return None
+        if not self._places.has_room_for(hello.key):
+            sessions = self._settings.sessions_max
+            return RejectCode.RUN_FULL, f"all {sessions} sessions of this coordinator are taken; try again later"
         session.position = hello.position
         self._runner.receive(session, hello)
+        if not session.is_closing:
+            self._places.admit(session, hello.key)
         return None
 
     def _divergence(self, hello: Hello) -> str | None:

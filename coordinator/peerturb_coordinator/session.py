@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from peerturb.errors import RejectCode
-from peerturb.ids import Position
+from peerturb.ids import PeerKey, Position
 from peerturb.protocol.messages import Refusal, ToPeer, Welcome
 from peerturb.protocol.outputs import SessionId
 from peerturb.wire.messages import encode_to_peer
@@ -29,6 +29,10 @@ class Session:
         self.id = session
         self.position = Position(0)
         """Records the peer had when it said Hello."""
+        self.key: PeerKey | None = None
+        """The identity, once the session is admitted."""
+        self.cut_why = ""
+        """Why the stream was cut off; empty if it was not."""
         self._feed = feed
         self._write = write
         self._stall_timeout_s = stall_timeout_s
@@ -36,6 +40,7 @@ class Session:
         self._cursor: Position | None = None
         self._is_closing = False
         self._wake = asyncio.Event()
+        self._patience = asyncio.Timeout(None)
 
     @property
     def is_closing(self) -> bool:
@@ -69,27 +74,36 @@ class Session:
         self._is_closing = True
         self._wake.set()
 
+    def cut(self, why: str) -> None:
+        """End the stream at once, whether or not the peer reads; what is queued is lost. Only while `pump` runs."""
+        self.cut_why = why
+        self.close()
+        self._patience.reschedule(0)
+
     async def pump(self) -> None:
-        """Write until the session closes.
+        """Write until the session closes. Called once.
 
         Raises:
-            TimeoutError: the peer took nothing for `stall_timeout_s`.
+            TimeoutError: the peer took nothing for `stall_timeout_s`, or the stream was cut off.
             LogError: the store is damaged where the peer reads.
         """
         wake, feed, outbox = self._wake, self._feed, self._outbox
         feed.subscribe(wake.set)
         try:
-            while True:
-                if outbox:
-                    await self._write_in_time(outbox.popleft())
-                elif self._is_closing:
-                    return
-                elif self._cursor is not None and self._cursor < feed.head:
-                    message, self._cursor = await feed.batch(self._cursor)
-                    await self._write_in_time(message)
-                else:
-                    wake.clear()
-                    await wake.wait()
+            async with self._patience:
+                while True:
+                    if self.cut_why:
+                        raise TimeoutError(self.cut_why)
+                    if outbox:
+                        await self._write_in_time(outbox.popleft())
+                    elif self._is_closing:
+                        return
+                    elif self._cursor is not None and self._cursor < feed.head:
+                        message, self._cursor = await feed.batch(self._cursor)
+                        await self._write_in_time(message)
+                    else:
+                        wake.clear()
+                        await wake.wait()
         finally:
             feed.unsubscribe(wake.set)
 

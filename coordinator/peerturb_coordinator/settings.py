@@ -39,7 +39,7 @@ class CoordinatorSettings(BaseSettings):
     token: SecretStr = SecretStr("")
     """Join token; empty: whoever reaches the port may join."""
     sessions_max: int = Field(default=limits.SESSIONS_MAX, ge=1, le=limits.SESSIONS_MAX)
-    """Streams at once, half-open handshakes included."""
+    """Admitted peers at once. Half-open handshakes have places of their own (`limits.HALF_OPEN_MAX`)."""
     handshake_timeout_ms: Milliseconds = 10_000
     """A stream that is not a member by then is closed."""
     stall_timeout_ms: Milliseconds = 60_000

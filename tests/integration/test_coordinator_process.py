@@ -16,6 +16,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from peerturb import limits
 from peerturb.errors import RejectCode, SpecError, UnreachableError
 from peerturb.wire.channel import Security, open_channel
 from peerturb.wire.v1 import coordinator_pb2 as pb
@@ -228,23 +229,63 @@ async def test_sixty_four_peers_fit_into_memory_and_no_torch_is_loaded(tmp_path:
             assert not [item.path for item in told.memory_maps() if "torch" in item.path]
 
 
-async def test_strangers_cannot_use_up_the_sessions_for_good(tmp_path: Path) -> None:
+async def test_silent_streams_keep_nobody_out(tmp_path: Path) -> None:
     settings = tmp_path / "settings.toml"
-    settings.write_text("handshake_timeout_ms = 1500\nsessions_max = 4\n")
+    settings.write_text("handshake_timeout_ms = 3_600_000\nsessions_max = 1\n")
     with coordinator(tmp_path, write_spec(tmp_path / "run.toml"), "--settings", str(settings)) as process:
         async with stub_for(process.address) as stub:
-            silent = [LightPeer(process.spec, stub, seed=seed) for seed in range(4)]
-            await asyncio.gather(*(peer.call.wait_for_connection() for peer in silent), return_exceptions=True)
+            silent = [LightPeer(process.spec, stub, seed=seed) for seed in range(3 * limits.HALF_OPEN_MAX)]
+            dropped = len(silent) - limits.HALF_OPEN_MAX
+
+            async def have_come() -> bool:
+                return (await stub.Status(pb.StatusRequest())).rejects["run_full"] == dropped
+
+            await eventually(have_come)
+            peer = await LightPeer(process.spec, stub, seed=1_000).join()
+            assert peer.slot == 0
+            await peer.take_part(3)
+
+            async def are_told() -> bool:
+                # The honest one took a place, too, for the time of its handshake.
+                return sum(stranger.call.done() for stranger in silent) == dropped + 1
+
+            await eventually(are_told)
+            told = [stranger for stranger in silent if stranger.call.done()]
+            assert {await stranger.call.code() for stranger in told} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+            assert "handshakes at once" in await told[0].call.details()
+            assert (await stub.Status(pb.StatusRequest())).rejects["run_full"] == len(told)
+
+
+async def test_a_silent_stream_is_closed_in_time(tmp_path: Path) -> None:
+    settings = tmp_path / "settings.toml"
+    settings.write_text("handshake_timeout_ms = 100\n")
+    with coordinator(tmp_path, write_spec(tmp_path / "run.toml"), "--settings", str(settings)) as process:
+        async with stub_for(process.address) as stub:
+            silent = LightPeer(process.spec, stub)
+            assert (await silent.refusal()).code == RejectCode.NOT_JOINED
+            await silent.until_end()
+
+
+async def test_a_full_coordinator_reads_the_hello_before_it_refuses(tmp_path: Path) -> None:
+    settings = tmp_path / "settings.toml"
+    settings.write_text("sessions_max = 1\n")
+    with coordinator(tmp_path, write_spec(tmp_path / "run.toml"), "--settings", str(settings)) as process:
+        async with stub_for(process.address) as stub:
+            first = await LightPeer(process.spec, stub, seed=1).join()
+            late = await LightPeer(process.spec, stub, seed=2).join()
+            assert [RejectCode(refusal.code) for refusal in late.refusals] == [RejectCode.RUN_FULL]
+            await late.until_end()
+            # The same identity takes its own place, whatever became of its older stream.
+            again = await LightPeer(process.spec, stub, seed=1).join()
+            assert again.slot == first.slot
+            assert (await first.refusal()).code == RejectCode.SUPERSEDED
+            await first.until_end()
+            again.call.cancel()
 
             async def joins() -> bool:
-                peer = LightPeer(process.spec, stub, seed=9)
-                with contextlib.suppress(grpc.aio.AioRpcError, EOFError):  # refused before the Hello was written
-                    await peer.join()
-                return peer.slot >= 0
+                return (await LightPeer(process.spec, stub, seed=2).join()).slot >= 0
 
             await eventually(joins)
-            for peer in silent:
-                assert (await peer.refusal()).code in (RejectCode.NOT_JOINED, RejectCode.RUN_FULL)
 
 
 def _peerturb(*arguments: str) -> subprocess.CompletedProcess[str]:

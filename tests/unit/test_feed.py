@@ -7,7 +7,7 @@ import pytest
 
 from peerturb.errors import RejectCode
 from peerturb.ids import Position, Slot
-from peerturb.protocol.messages import Welcome
+from peerturb.protocol.messages import Challenge, Welcome
 from peerturb.protocol.outputs import SessionId
 from peerturb.wire.v1 import coordinator_pb2 as pb
 from peerturb_coordinator.feed import BATCH_BYTES, Feed
@@ -138,6 +138,24 @@ async def test_a_peer_that_takes_nothing_is_dropped(log: Log) -> None:
     session.send(Welcome(slot=Slot(0), head=log.feed.head))
     with pytest.raises(TimeoutError):
         await session.pump()
+
+
+@pytest.mark.parametrize("is_stuck", [True, False])
+async def test_a_stream_that_is_cut_ends_at_once_and_says_nothing_more(log: Log, is_stuck: bool) -> None:
+    wire = Wire()
+    session = session_on(log, wire)
+    pump = asyncio.create_task(session.pump())
+    await asyncio.sleep(0)
+    wire.is_stuck = is_stuck
+    if is_stuck:
+        session.send(Challenge(nonce=b"n" * 32))
+        await asyncio.sleep(0)
+    session.cut("no room")
+    session.send(Welcome(slot=Slot(0), head=log.feed.head))
+    with pytest.raises(TimeoutError):
+        await pump
+    assert not wire.messages
+    assert session.is_closing
 
 
 async def test_unread_refusals_do_not_pile_up(log: Log) -> None:
