@@ -5,6 +5,7 @@ It knows nothing of addresses, devices or folders; those are local settings of e
 
 import hashlib
 import json
+import string
 import tomllib
 from functools import cached_property
 from pathlib import Path
@@ -93,19 +94,37 @@ class RoundSpec(Section):
         return self
 
 
+def _fields(template: str) -> list[str]:
+    """Return the fields that a template names; a node's own templates are read by the same rule (`peerturb.zo.data`).
+
+    Raises:
+        ValueError: unbalanced braces, or anything but a plain name between them.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{error}; write {{{{ and }}}} for braces") from None
+    fields = [(field, form, conversion) for _, field, form, conversion in parts if field is not None]
+    for field, form, conversion in fields:
+        if not field or form or conversion or any(mark in field for mark in ".[]"):
+            raise ValueError("only plain names such as {text} may stand in braces")
+    return [field for field, _, _ in fields]
+
+
 class ObjectiveSpec(Section):
     """What is minimised, over what pieces of each peer's data."""
 
     kind: Literal["text", "completion", "labels"] = "text"
     """`text`: loss on every token; `completion`: on the completion only; `labels`: classification by label words."""
     template: str = Field(default="{text}", min_length=1, max_length=16_384)
-    """Text (or prompt) with `{field}` for a field of the JSON object; `{{` and `}}` are braces."""
+    """Text (or prompt) with `{field}` for a field of the JSON object, at least one; `{{` and `}}` are braces."""
     completion: str = Field(default="", max_length=16_384)
-    """Template of the completion (`completion` only)."""
+    """Template of the completion, with at least one field (`completion` only)."""
     label_field: str = Field(default="label", min_length=1)
     """Field that holds the label (`labels` only)."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """Label value as text -> the words that continue the prompt, leading space included (`labels` only)."""
+    """Label value as text -> the words that continue the prompt, leading space included (`labels` only). Not empty, and
+    different for every label."""
     tokens_max: int = Field(default=64, ge=2, le=limits.SEQUENCE_TOKENS_MAX)
     """Longest sequence; longer prompts lose their beginning, longer texts are cut into pieces."""
     examples_per_probe: int = Field(default=1, ge=1, le=4_096)
@@ -120,6 +139,42 @@ class ObjectiveSpec(Section):
         if self.kind == "labels" and len(self.labels) < 2:
             example = 'labels = {0 = " bad", 1 = " good"}'
             raise ValueError(f'kind = "labels" needs at least two `labels`, for instance {example}')
+        return self
+
+    @model_validator(mode="after")
+    def _templates_name_fields(self) -> Self:
+        """Without a field every example is the same text, and nothing can be learned from it."""
+        templates = {"template": self.template}
+        if self.kind == "completion":
+            templates["completion"] = self.completion
+        for name, template in templates.items():
+            try:
+                fields = _fields(template)
+            except ValueError as error:
+                raise ValueError(f"`{name}` {template!r:.80} is wrong: {error}") from None
+            if not fields:
+                raise ValueError(
+                    f"`{name}` {template!r:.80} names no field of the data; "
+                    "put one in braces where its text belongs, for instance {text}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        seen: dict[str, str] = {}
+        for value, words in self.labels.items() if self.kind == "labels" else ():
+            bare = words.strip()
+            if not bare:
+                raise ValueError(
+                    f"the words of label {value!r} are empty; write what continues the prompt, for instance "
+                    f'{value} = " good"'
+                )
+            if bare in seen:
+                raise ValueError(
+                    f"labels {seen[bare]!r} and {value!r} have the same words {bare!r}, space around them not counted; "
+                    "every label needs words of its own"
+                )
+            seen[bare] = value
         return self
 
 
