@@ -21,13 +21,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ("pyproject.toml", "constraints.txt")
+EXTRAS = {"node": "node,fast", "dev": "dev"}
+"""What an environment's name stands for."""
 IMPLIED_BY = {"node": ("dev",)}
 """Extra -> extras that contain it: an environment for one serves the other."""
 
 
 def main(arguments: list[str]) -> int:
     """Set up the extra named by the only argument; return the exit code."""
-    if len(arguments) != 1 or arguments[0] not in ("node", "dev"):
+    if len(arguments) != 1 or arguments[0] not in EXTRAS:
         print("usage: setup.py node|dev", file=sys.stderr)
         return 2
     # One at a time: `make demo` and `make test` may be started together. The lock ends with the process.
@@ -81,12 +83,14 @@ def ensure(extra: str, environment: Path) -> None:
 
 def install(extra: str, environment: Path) -> None:
     """Install torch, then the build backend, then peerturb with `extra`, all at the pinned versions."""
-    print(f"installing peerturb[{extra}] and what it needs (torch is large: minutes on a slow line)", flush=True)
+    print(
+        f"installing peerturb[{EXTRAS[extra]}] and what it needs (torch is large: minutes on a slow line)", flush=True
+    )
     # torch first and alone: it is most of the download, and whatever needs torch later finds the pinned one in place.
     pip(environment, pinned("torch"))
     # The backend comes from the same pins; build isolation would fetch the newest one.
     pip(environment, pinned("hatchling"))
-    pip(environment, "--no-build-isolation", "-e", f".[{extra}]")
+    pip(environment, "--no-build-isolation", "-e", f".[{EXTRAS[extra]}]")
 
 
 def pip(environment: Path, *arguments: str) -> None:

@@ -28,6 +28,17 @@ def shared() -> Path:
     pytest.skip(f"no test models: there is no {given / 'data'}; PEERTURB_SHARED may name another folder")
 
 
+@pytest.fixture(params=["compiled", "interpreted"])
+def either_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test of the numerics twice: with Numba's loops and as on a machine without Numba."""
+    from peerturb.zo import fast
+
+    if request.param == "interpreted":
+        monkeypatch.setattr(fast, "compiled", lambda: None)
+    elif fast.compiled() is None:
+        pytest.skip("Numba is not installed")
+
+
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     """Skip what is marked `gpu` where torch sees no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from peerturb import rng
 from peerturb.errors import ModelError
 from peerturb.manifest import Parameter
 from peerturb.rng import GROUP_BLOCKS, GROUP_SIGNS, SIDE_DENSE, SIDE_LEFT, SIDE_RIGHT, SIGNS_PER_BLOCK, U8, U32, U64
-from peerturb.zo import philox
+from peerturb.zo import fast, philox
 from peerturb.zo.parallel import in_parallel
 
 _LOW_BITS = np.uint64(0x0101_0101_0101_0101)
@@ -79,9 +80,17 @@ class SpanTable:
 
     def signs(self, probes: Probes, device: torch.device, *, rows: int = 0) -> Tensor:
         """Return int8[max(n, rows), width] of +1 and -1; rows beyond the probes are zero."""
+        return self.scaled_signs(probes, device, rows=rows, factors=np.ones(len(probes), np.int8), columns=0)
+
+    def scaled_signs(self, probes: Probes, device: torch.device, *, rows: int, factors: rng.I8, columns: int) -> Tensor:
+        """Return the same, the first `columns` of each row times the probe's factor: int8[n], -127..127."""
         height = max(len(probes), rows)
         out = torch.empty((height, self.width), dtype=torch.int8, device=device)
         out[len(probes) :].zero_()
+        loops = fast.compiled() if uses_numpy(device) else None
+        if loops is not None:
+            self._fill_compiled(loops, out.numpy().view(np.uint64), probes, factors, -(-columns // SIGNS_PER_BLOCK))
+            return out
         if uses_numpy(device):
             self._fill(out.numpy(), probes)
         else:
@@ -91,7 +100,20 @@ class SpanTable:
                 run_key=probes.run_key,
             )
             out[: len(probes)] = philox.unpack_linear(words)
+        if columns:
+            out[: len(probes), :columns].mul_(torch.from_numpy(factors.copy()).to(device)[:, None])
         return out
+
+    def _fill_compiled(self, loops: ModuleType, eights: U64, probes: Probes, factors: rng.I8, scaled: int) -> None:
+        def fill(tile: rng.Tile) -> None:
+            loops.fill_signs(
+                eights, *tile, self.blocks, self.streams, samples, slots, factors, scaled, probes.round, probes.run_key
+            )
+
+        # Sliced ones have strides, broadcast ones are read-only: the compiled signature knows neither.
+        samples, slots = (np.require(array, requirements=["C", "W"]) for array in (probes.samples, probes.slots))
+        factors = np.require(factors, requirements=["C", "W"])
+        in_parallel(fill, list(rng.tiles(len(probes), len(self.blocks))))
 
     def _fill(self, out: rng.I8, probes: Probes) -> None:
         def fill(tile: rng.Tile) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from peerturb import rng
 from peerturb.manifest import Parameter
 from peerturb.rng import ROUNDING_SLOT, SIDE_ROUNDING, U64
-from peerturb.zo import directions, philox
+from peerturb.zo import directions, fast, philox
 from peerturb.zo.directions import Probes
 from peerturb.zo.parallel import in_parallel
 
@@ -32,13 +32,33 @@ def subtract(
         alpha: The step size.
         chunk: Number of the chunk of PROBES_PER_UPDATE_MAX probes: the noise counter's sample.
     """
-    step = difference(total.reshape(-1), alpha * 2.0**parameter.exponent)
-    target = flat[first : first + len(step)]
+    scale = alpha * 2.0**parameter.exponent
+    target = flat[first : first + total.numel()]
+    if _subtract_compiled(target, first, total, parameter, probes, scale, chunk):
+        return
+    step = difference(total.reshape(-1), scale)
     if flat.dtype == torch.float32:
         target.sub_(step)
         return
     noise = rounding_noise(parameter.index, first, first + len(step), probes.run_key, probes.round, chunk, flat.device)
     target.copy_(stochastic_bfloat16(target.to(torch.float32).sub_(step), noise))
+
+
+def _subtract_compiled(
+    target: Tensor, first: int, total: Tensor, parameter: Parameter, probes: Probes, scale: float, chunk: int
+) -> bool:
+    """Do it in one compiled pass, if there is one for this device, this sum and this scale."""
+    loops = fast.compiled() if target.device.type == "cpu" else None
+    if loops is None or total.dtype != torch.int32 or not total.is_contiguous() or not _is_float32(scale):
+        return False
+    sums = total.reshape(-1).numpy()
+    if target.dtype == torch.float32:
+        loops.subtract_float32(target.numpy(), sums, scale)
+    else:
+        stream = rng.stream_of(parameter.index, SIDE_ROUNDING)
+        bits = target.view(torch.uint16).numpy()
+        loops.subtract_bfloat16(bits, first, sums, scale, stream, chunk, probes.round, probes.run_key)
+    return True
 
 
 def difference(total: Tensor, scale: float) -> Tensor:
@@ -48,11 +68,14 @@ def difference(total: Tensor, scale: float) -> Tensor:
     the f32 product of two exact operands is one correct rounding. If it is not (cut among the subnormals), 24 + 24
     bits fit into f64, so the f64 product is exact and the conversion is the only rounding.
     """
-    with np.errstate(over="ignore"):
-        is_single = float(np.float32(scale)) == scale
-    if is_single:
+    if _is_float32(scale):
         return total.to(torch.float32).mul_(scale)
     return total.to(torch.float64).mul_(scale).to(torch.float32)
+
+
+def _is_float32(value: float) -> bool:
+    with np.errstate(over="ignore"):
+        return float(np.float32(value)) == value
 
 
 def stochastic_bfloat16(values: Tensor, noise: Tensor) -> Tensor:

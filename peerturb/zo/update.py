@@ -88,7 +88,7 @@ class _Group:
                 rights.append(right)
         self.table = SpanTable([*lefts, *rights])
         columns = self.table.columns
-        self.code_columns = slice(0, columns[len(lefts) - 1].stop)
+        self.code_columns = columns[len(lefts) - 1].stop
         pairs = []
         for tile, left_columns in zip(tiles, columns, strict=False):
             right = tile.spans()[1]
@@ -165,9 +165,9 @@ def _rank1_sums(
     for start in passes:
         part = probes.part(start, start + PROBES_PER_PASS)
         padded = -(-len(part) // 8) * 8
-        signs = group.table.signs(part, device, rows=padded)
-        scaled = signs[: len(part), group.code_columns]
-        scaled.mul_(torch.from_numpy(factors[start : start + PROBES_PER_PASS].copy()).to(device)[:, None])
+        signs = group.table.scaled_signs(
+            part, device, rows=padded, factors=factors[start : start + PROBES_PER_PASS], columns=group.code_columns
+        )
         ones = torch.ones((padded, 1), dtype=torch.int8, device=device)
         for number, (tile, (left, right)) in enumerate(zip(group.tiles, group.pairs, strict=True)):
             total = exact_product(signs[:, left], ones if right is None else signs[:, right])

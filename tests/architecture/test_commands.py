@@ -8,7 +8,7 @@ import pytest
 
 from peerturb.cli import COMMANDS
 
-HEAVY = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "matplotlib", "ray")
+HEAVY = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "matplotlib", "numba", "ray")
 HEAVY_FOR_HELP = (*HEAVY, "grpc", "numpy", "pydantic", "typer", "rich")
 
 # Runs `NAME --help` and the help of each of its subcommands; reports exit codes, texts and loaded modules as JSON.

@@ -17,6 +17,8 @@ from peerturb.zo.digest import run_digest, splitmix64, tensor_digest
 from peerturb.zo.directions import Directions, Probes, dense_signs, left_signs
 from peerturb.zo.update import apply_update
 
+pytestmark = pytest.mark.usefixtures("either_loops")
+
 FOLDER = Path(__file__).parent
 VECTORS: dict[str, Any] = json.loads((FOLDER / "numerics.json").read_text(encoding="utf-8"))
 RUN_KEY, ROUND = VECTORS["run_key"], VECTORS["round"]

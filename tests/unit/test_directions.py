@@ -10,6 +10,8 @@ from peerturb.manifest import Parameter
 from peerturb.zo import philox
 from peerturb.zo.directions import Directions, Probes, Span, SpanTable, dense_signs, left_signs, right_signs
 
+pytestmark = pytest.mark.usefixtures("either_loops")
+
 PROBES = Probes.of(run_key=17, round=4, slots=[0, 0, 7], samples=[0, 1, 0])
 
 

@@ -17,6 +17,8 @@ from peerturb.zo import directions, gemm, rounding, update
 from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.update import Family, apply_update
 
+pytestmark = pytest.mark.usefixtures("either_loops")
+
 ALPHA = float(np.float32(0.013))
 SHAPES: list[tuple[tuple[int, ...], int, bool]] = [
     ((), 0, False),

@@ -44,7 +44,7 @@ class Replica:
             model, tokenizer = load_model(source, spec.model.dtype, device=device)
         except PeerturbError as error:
             yield fail("model", str(error), "check the name, or give the model's folder with --model")
-            for name in ("base weights", "engine", "data", "memory", "disk", "speed"):
+            for name in ("base weights", "engine", "data", "memory", "compiled loops", "disk", "speed"):
                 yield skip(name, "no model")
             return
         seconds = time.perf_counter() - started_s
@@ -66,6 +66,7 @@ class Replica:
         else:
             free, total = torch.cuda.mem_get_info(device)
             yield ok("memory", f"{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free on {device}, the model loaded")
+        yield _compiled_loops()
         yield from check_disk(settings, parameters * (4 if spec.model.dtype == "float32" else 2))
         yield self._speed(engine)
 
@@ -134,3 +135,12 @@ class Replica:
                 f"give --probes {max(1, int(rate * longest_s / 2))}, or use a faster computer",
             )
         return ok("speed", text)
+
+
+def _compiled_loops() -> Check:
+    """Numba is optional: its absence costs time, not bits."""
+    from peerturb.zo import fast
+
+    if fast.compiled() is None:
+        return skip("compiled loops", 'not installed: updates take twice as long; pip install "peerturb[fast]"')
+    return ok("compiled loops", "Numba is installed")
