@@ -6,6 +6,7 @@ Whatever arrives is hostile until decoded; nothing that a peer sends may raise b
 import asyncio
 import contextlib
 import time
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -205,22 +206,28 @@ class CoordinatorService:
             version=__version__,
         )
 
-    async def status(self, _request: pb.StatusRequest, _context: object) -> pb.RunStatus:
-        """Answer with what is going on."""
+    async def status(
+        self, _request: pb.StatusRequest, context: grpc.aio.ServicerContext[pb.StatusRequest, pb.RunStatus]
+    ) -> pb.RunStatus:
+        """Answer with what is going on; whole identity keys only for those who have the token."""
+        shown = _shown_token(context)
+        is_admitted = self._gate.admits_token(shown)
+        if shown and not is_admitted:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the join token is wrong")
         return to_wire(
             self._runner.status(),
             counters=self._runner.machine.counters,
             chain=self._store.chain,
             fault=self._runner.fault,
             uptime_ms=int((time.monotonic() - self._began_s) * 1000),
+            with_keys=is_admitted,
         )
 
     async def range(
         self, request: pb.RangeRequest, context: grpc.aio.ServicerContext[pb.RangeRequest, pb.RecordBatch]
     ) -> pb.RecordBatch:
         """Answer with a piece of the log, to whoever has the token: log and base weights together are the model."""
-        shown = dict(context.invocation_metadata() or ()).get(TOKEN_METADATA_KEY, "")
-        if not self._gate.admits_token(shown if isinstance(shown, str) else ""):
+        if not self._gate.admits_token(_shown_token(context)):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the join token is missing or wrong")
         head = self._store.head
         last = min(request.last or head, head)
@@ -235,3 +242,9 @@ class CoordinatorService:
             self._events.error("log_not_readable", why=str(error))
             await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
         return pb.RecordBatch(first=request.first, records=records[: last - request.first], head=head)
+
+
+def _shown_token(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Return the join token that came with a unary call, empty if none did."""
+    shown = dict(context.invocation_metadata() or ()).get(TOKEN_METADATA_KEY, "")
+    return shown if isinstance(shown, str) else ""

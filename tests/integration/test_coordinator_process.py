@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from peerturb import limits
-from peerturb.errors import RejectCode, SpecError, UnreachableError
+from peerturb.errors import RefusedError, RejectCode, SpecError, UnreachableError
 from peerturb.wire.channel import Security, open_channel
 from peerturb.wire.v1 import coordinator_pb2 as pb
 from peerturb_coordinator.keys import make_keys
@@ -314,6 +314,29 @@ def test_status_and_keys_commands(tmp_path: Path) -> None:
         assert keys["fingerprint"] in wrong.stderr
         plain = _peerturb("status", "--coordinator", process.address)
         assert plain.returncode == UnreachableError.exit_code
+
+
+async def test_the_status_command_shows_whole_keys_with_the_token(tmp_path: Path) -> None:
+    token_file = tmp_path / "join-token"
+    token_file.write_text("open-sesame\n")
+    other_file = tmp_path / "other-token"
+    other_file.write_text("shut-sesame\n")
+    with coordinator(tmp_path, write_spec(tmp_path / "run.toml"), "--token", str(token_file)) as process:
+        async with stub_for(process.address) as stub:
+            peer = await LightPeer(process.spec, stub, token="open-sesame").join()
+            base = ["status", "--coordinator", process.address]
+            for flags, key in (([], peer.key.hex()[:16]), (["--token-file", str(token_file)], peer.key.hex())):
+                asked = await asyncio.to_thread(_peerturb, *base, *flags, "--json")
+                assert asked.returncode == 0, asked.stderr
+                assert [row["key"] for row in json.loads(asked.stdout)["peers"]] == [key]
+                shown = await asyncio.to_thread(_peerturb, *base, *flags)
+                assert peer.key.hex()[:16] in shown.stdout
+            wrong = await asyncio.to_thread(_peerturb, *base, "--token-file", str(other_file))
+            assert wrong.returncode == RefusedError.exit_code
+            assert "token is wrong" in wrong.stderr
+            absent = await asyncio.to_thread(_peerturb, *base, "--token-file", "absent")
+            assert absent.returncode == SpecError.exit_code
+            assert "absent" in absent.stderr
 
 
 def test_wrong_settings_end_with_one_line(tmp_path: Path) -> None:

@@ -283,6 +283,28 @@ async def test_ranges_need_the_token_and_describe_does_not(served: CoordinatorPr
         assert caught.value.code() is grpc.StatusCode.OUT_OF_RANGE
 
 
+async def test_strangers_see_the_beginning_of_keys_only(served: CoordinatorProcess) -> None:
+    async with stub_for(served.address) as stub:
+        peer = await LightPeer(served.spec, stub, seed=12, token=TOKEN).join()
+
+        async def key_shown(token: str) -> bytes:
+            status = await stub.Status(pb.StatusRequest(), metadata=token_metadata(token))
+            return next(row.key for row in status.peers if row.slot == peer.slot)
+
+        assert await key_shown("") == peer.key[:8]
+        assert await key_shown(TOKEN) == peer.key
+        with pytest.raises(grpc.aio.AioRpcError, match="token is wrong") as caught:
+            await key_shown("wrong")
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_run_without_a_token_hides_no_keys(tmp_path: Path) -> None:
+    with coordinator(tmp_path, write_spec(tmp_path / "run.toml")) as process:
+        async with stub_for(process.address) as stub:
+            peer = await LightPeer(process.spec, stub, seed=1).join()
+            assert [row.key for row in (await stub.Status(pb.StatusRequest())).peers] == [peer.key]
+
+
 async def test_leaving_is_logged_at_once(served: CoordinatorProcess) -> None:
     async with stub_for(served.address) as stub:
         stays, leaves = [await LightPeer(served.spec, stub, seed=seed, token=TOKEN).join() for seed in (8, 9)]

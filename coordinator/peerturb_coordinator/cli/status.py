@@ -25,39 +25,48 @@ def status(
         Path | None, typer.Option(help="PEM file of the authority that signed its certificate.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="It serves without TLS.")] = False,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File that holds the join token; with it --json has whole identity keys.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print round, loss, peers and what the open round waits for."""
     import asyncio
 
     from peerturb.wire.channel import security_for
+    from peerturb_coordinator.keys import read_token
 
     trust = security_for(coordinator, insecure=insecure, fingerprint=fingerprint, authority_file=authority)
-    answer = asyncio.run(_ask(coordinator, trust))
+    token = "" if token_file is None else read_token(str(token_file.expanduser().absolute()))
+    answer = asyncio.run(_ask(coordinator, trust, token))
     if as_json:
         typer.echo(json.dumps(_as_json(answer), indent=2))
     else:
         _show(answer)
 
 
-async def _ask(address: str, trust: Any) -> "pb.RunStatus":
+async def _ask(address: str, trust: Any, token: str) -> "pb.RunStatus":
     """Make the call.
 
     Raises:
         UnreachableError: no answer.
+        RefusedError: the token is wrong.
     """
     import grpc.aio
 
-    from peerturb.errors import UnreachableError
-    from peerturb.wire.channel import open_channel
+    from peerturb.errors import RefusedError, RejectCode, UnreachableError
+    from peerturb.wire.channel import open_channel, token_metadata
     from peerturb.wire.v1 import coordinator_pb2 as pb
     from peerturb.wire.v1.coordinator_pb2_grpc import CoordinatorStub
 
     async with await open_channel(address, trust) as channel:
         stub: CoordinatorAsyncStub = CoordinatorStub(channel)
         try:
-            return await stub.Status(pb.StatusRequest(), timeout=_TIMEOUT_S)
+            return await stub.Status(pb.StatusRequest(), timeout=_TIMEOUT_S, metadata=token_metadata(token))
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.PERMISSION_DENIED:
+                why = f"{address} refuses: {error.details()}; the coordinator's operator has the right one"
+                raise RefusedError(RejectCode.BAD_TOKEN, why) from error
             raise UnreachableError(
                 f"{address} does not answer as a coordinator: {error.details() or error.code().name}; "
                 "is it running there, with TLS or --insecure as you ask?"

@@ -479,6 +479,7 @@ class PeerStatus(_message.Message):
     slot: _builtins.int
     name: _builtins.str
     key: _builtins.bytes
+    """32 bytes; only the first 8 if the run has a join token and the caller did not show it."""
     state: _builtins.str
     """connected, lagging, away, left"""
     probes: _builtins.int

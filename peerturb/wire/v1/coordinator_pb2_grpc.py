@@ -76,7 +76,7 @@ class CoordinatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
-        """What is going on now.
+        """What is going on now. Anybody may ask; with the join token the peers' keys are whole. A wrong token is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,7 @@ class CoordinatorStub:
     Describe: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.DescribeRequest, _coordinator_pb2.Description]
     """What a volunteer needs before joining: the RunSpec. Needs no identity; holds no secrets."""
     Status: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.StatusRequest, _coordinator_pb2.RunStatus]
-    """What is going on now."""
+    """What is going on now. Anybody may ask; with the join token the peers' keys are whole. A wrong token is refused."""
     Range: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RangeRequest, _coordinator_pb2.RecordBatch]
     """A piece of the log, at most about RECORD_BATCH_BYTES; ask again from `first + len(records)`."""
 
@@ -54,7 +54,7 @@ class CoordinatorAsyncStub(CoordinatorStub):
     Describe: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.DescribeRequest, _coordinator_pb2.Description]  # type: ignore[assignment]
     """What a volunteer needs before joining: the RunSpec. Needs no identity; holds no secrets."""
     Status: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StatusRequest, _coordinator_pb2.RunStatus]  # type: ignore[assignment]
-    """What is going on now."""
+    """What is going on now. Anybody may ask; with the join token the peers' keys are whole. A wrong token is refused."""
     Range: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RangeRequest, _coordinator_pb2.RecordBatch]  # type: ignore[assignment]
     """A piece of the log, at most about RECORD_BATCH_BYTES; ask again from `first + len(records)`."""
 
@@ -84,7 +84,7 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.StatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.RunStatus, _abc.Awaitable[_coordinator_pb2.RunStatus]]:
-        """What is going on now."""
+        """What is going on now. Anybody may ask; with the join token the peers' keys are whole. A wrong token is refused."""
 
     @_abc_1.abstractmethod
     def Range(
