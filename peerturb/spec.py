@@ -213,6 +213,14 @@ class RunSpec(Section):
         """First word of every Philox key of the run (design, numerics v1)."""
         return RunKey(int.from_bytes(self.digest[:4], "little"))
 
+    @property
+    def first_digest(self) -> int | None:
+        """Short digest (u32) of the trained tensors before round 0, if it follows from the base weights' digest.
+
+        None where some parameters are frozen: the base digest covers them too.
+        """
+        return None if self.model.exclude else int.from_bytes(bytes.fromhex(self.model.digest)[:4], "little")
+
     @classmethod
     def from_canonical(cls, data: bytes) -> Self:
         """Read a spec received or logged.

@@ -73,6 +73,10 @@ def contribution_refusal(message: Contribution, ledger: Ledger, *, probes_max: i
     if ledger.open is None or message.round > ledger.open.round:
         why = f"round {message.round} has not been opened; the next to be sealed is {ledger.sealed_rounds}"
         return Denial(code=RejectCode.FUTURE_ROUND, why=why, closes=False)
+    first = ledger.spec.first_digest if ledger.spec is not None and message.round == 0 else None
+    if first is not None and message.digest != first:
+        why = f"round 0 was measured on weights {message.digest:08x}, the base weights are {first:08x}: rebuild"
+        return Denial(code=RejectCode.DIGEST_MISMATCH, why=why, closes=False)
     return None
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from peerturb import limits
 from peerturb.ids import Slot
 from peerturb.protocol.floats import f32
-from peerturb.protocol.ledger import VOID_BYTE, step_size
+from peerturb.protocol.ledger import VOID_BYTE, Ledger, step_size
 from peerturb.protocol.messages import Contribution
-from peerturb.protocol.records import RoundOpened, RoundSealed
-from peerturb.spec import RunSpec
+from peerturb.protocol.records import RoundSealed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +39,28 @@ class Contributions:
         if known is None or known.contribution.digest != contribution.digest:
             self.of_slot[slot] = Pending(contribution=contribution, latency_ms=latency_ms)
 
-    def canonical_digest(self) -> int:
-        """Digest most peers measured on; among equals the one of the lowest slot."""
-        votes: dict[int, int] = {}
+    def canonical_digest(self, ledger: Ledger) -> int:
+        """Digest most peers measured on; among equals the one of those with more sealed contributions in all.
+
+        If that is equal too, the one of the lowest slot.
+        """
+        votes: dict[int, tuple[int, int]] = {}
         for slot in sorted(self.of_slot):
             digest = self.of_slot[slot].contribution.digest
-            votes[digest] = votes.get(digest, 0) + 1
+            now, then = votes.get(digest, (0, 0))
+            votes[digest] = now + 1, then + ledger.members[slot].contributions
         return max(votes, key=lambda digest: votes[digest])  # the first of the largest: dicts keep the order of slots
 
     def longest_ms(self, slots: tuple[Slot, ...]) -> int:
         """Latency of the slowest of these contributions."""
         return max(self.of_slot[slot].latency_ms for slot in slots)
 
-    def seal(self, spec: RunSpec, opened: RoundOpened) -> RoundSealed:
-        """Form the record from the contributions measured on the canonical weights. At least one must be there."""
-        digest = self.canonical_digest()
+    def seal(self, ledger: Ledger) -> RoundSealed:
+        """Seal the open round: the contributions measured on the canonical weights. At least one must be there."""
+        spec, opened = ledger.spec, ledger.open
+        assert spec is not None
+        assert opened is not None
+        digest = self.canonical_digest(ledger)
         chosen = sorted(slot for slot, pending in self.of_slot.items() if pending.contribution.digest == digest)
         parts = [self.of_slot[slot].contribution for slot in chosen]
         codes = b"".join(part.codes for part in parts)

@@ -288,6 +288,7 @@ class CoordinatorMachine:
             return []
         if refusal.code is RejectCode.STALE_ROUND:
             self._late(slot, message.round)
+        self.counters.digest_mismatches += refusal.code is RejectCode.DIGEST_MISMATCH
         return [self._reject(session, refusal.code, refusal.why, refusal.closes)]
 
     def _late(self, slot: Slot, round_: RoundNumber) -> None:
@@ -331,7 +332,7 @@ class CoordinatorMachine:
         """Seal the round and open the next one (or end the run) in one transaction."""
         opened = self.ledger.open
         assert opened is not None
-        sealed = self._pending.seal(self.spec, opened)
+        sealed = self._pending.seal(self.ledger)
         longest_ms = self._pace.after(self._pending.longest_ms(sealed.slots))
         scale = self.ledger.scale_after(sealed)
         outputs: list[CoordinatorOutput] = [

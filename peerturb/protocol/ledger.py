@@ -225,6 +225,9 @@ class Ledger:
             return why
         if record.slots[-1] >= len(self.members):
             return f"holds a contribution of slot {record.slots[-1]}, which was never admitted"
+        first = spec.first_digest if record.round == 0 else None
+        if first is not None and record.digest != first:
+            return f"was measured on weights {record.digest:08x}; the base weights are {first:08x}"
         alpha = step_size(spec, record.round, self.open.scale, record.codes)
         if record.alpha != alpha:
             return f"has step size {record.alpha!r}; from the codes follows {alpha!r}"

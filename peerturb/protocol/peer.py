@@ -38,7 +38,7 @@ from peerturb.protocol.outputs import (
 from peerturb.protocol.peer_status import PeerStatus, Session
 from peerturb.protocol.probing import ProbeBudget
 from peerturb.protocol.records import Record, RoundSealed, RunStarted
-from peerturb.protocol.replica import APPLIES_MAX, Replica
+from peerturb.protocol.replica import APPLIES_MAX, DISPUTES_MAX, Replica
 from peerturb.protocol.results import Applied, EvaluatedResult, Measured, Rebuilt, Result
 from peerturb.spec import PROTOCOL_VERSION, RunSpec
 
@@ -176,6 +176,12 @@ class PeerMachine:
             return self._reconnect("the coordinator did not answer", now_ms)
         if self._replica.suspicion is not None:
             return self._rebuild()
+        if self._replica.is_hopeless:
+            why = (
+                f"{self._replica.dispute}, {DISPUTES_MAX} rounds before it were disputed too, after a rebuild from the "
+                "log: faulty memory here, or false digests there"
+            )
+            return self._stop(RejectCode.DIGEST_MISMATCH, why)
         if self.ledger.is_finished and (cancelled := self._measuring.cancel()):
             return cancelled
         if handed := self._replica.hand_out():
@@ -303,13 +309,10 @@ class PeerMachine:
         return [*cancelled, Append(record=record)]
 
     def _rebuild(self) -> list[PeerOutput]:
-        """Once nothing else is being done, replay the local log; a second difference at one place is hopeless."""
+        """Once nothing else is being done, replay the local log."""
         is_working = self._replica.is_applying or self._measuring.round is not None or self._evaluating
         if is_working or self._replica.rebuilding:
             return self._measuring.cancel()
-        if self._replica.is_hopeless:
-            why = f"{self._replica.suspicion}, even after a rebuild from the log: faulty memory, or other base weights?"
-            return self._stop(RejectCode.DIGEST_MISMATCH, why)
         return self._replica.rebuild()
 
     # --- work -------------------------------------------------------------------------------------------------------
@@ -319,6 +322,7 @@ class PeerMachine:
         opened = self.ledger.open
         if self._session is not Session.JOINED or opened is None or self.ledger.position < self._head:
             return []
+        self._replica.is_live = True
         return self._measuring.step(opened, self._replica.digest) or self._evaluation()
 
     def _evaluation(self) -> list[PeerOutput]:
@@ -370,6 +374,10 @@ class PeerMachine:
         assert result.rounds == self.ledger.sealed_rounds, (
             f"rebuilt {result.rounds} of {self.ledger.sealed_rounds} rounds"
         )
+        first = self.spec.first_digest
+        if result.rounds == 0 and first is not None and result.digest != first:
+            why = f"the base weights are {result.digest:08x} after a rebuild, the RunSpec's {first:08x}: faulty memory?"
+            return self._stop(RejectCode.DIGEST_MISMATCH, why)
         self._replica.rebuilt(result)
         self._measuring.rebuilt(result.digest)
         return [

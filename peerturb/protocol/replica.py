@@ -9,16 +9,24 @@ from peerturb.protocol.results import Applied, Rebuilt
 
 APPLIES_MAX = 32
 """Sealed rounds handed to the shell and not yet applied; more wait as records."""
+DISPUTES_MAX = 8
+"""Rounds in a row that others may seal on other weights than our rebuilt ones before we believe that we are wrong."""
 
 
 class Replica:
     """Hands out every sealed round once, in order, and compares short digests wherever the log states one.
 
+    A digest in the log is what its contributors say. At the first one that differs from ours we doubt ourselves and
+    rebuild from the log; that makes our weights right, so a further one is doubted, until it repeats itself too often.
+    The next one that agrees closes the matter: equal weights cannot have come from different ones.
+
     Attributes:
         rounds: how many sealed rounds the weights have.
         digest: short digest (u32) of the weights, as of the last time it was told.
+        is_live: whether the log's head has been reached: only what is sealed now counts as a dispute.
         suspicion: why the weights are believed wrong; None if they are not.
         rebuilding: whether the shell is replaying the log.
+        dispute: the newest difference to rebuilt weights; None if there is none or the log has agreed since.
     """
 
     def __init__(self, sealed_rounds: int, unapplied: Sequence[RoundSealed], digest: int) -> None:
@@ -30,8 +38,10 @@ class Replica:
         self.rebuilding = False
         self._to_apply: deque[RoundSealed] = deque(unapplied)
         self._applying: deque[RoundSealed] = deque()
-        self._suspect_round = 0
-        self._rebuilt_at = -1
+        self.is_live = False
+        self.dispute: str | None = None
+        self._disputes = 0
+        self._is_rebuilt = False
         if self._to_apply:
             self._compare(self._to_apply[0])
 
@@ -47,8 +57,8 @@ class Replica:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the weights are suspected where a rebuild has already left them."""
-        return self.suspicion is not None and self._rebuilt_at == self._suspect_round
+        """Whether the others keep sealing rounds on weights that a rebuild does not give."""
+        return self._disputes > DISPUTES_MAX
 
     def sealed(self, record: RoundSealed) -> None:
         """The local log has a further sealed round."""
@@ -78,9 +88,9 @@ class Replica:
             self._compare(following[0])
 
     def doubted(self, why: str) -> None:
-        """The coordinator says that our weights differ; ignored if they have been rebuilt as they are."""
-        if self._rebuilt_at < self.rounds:
-            self._suspect(why, self.rounds)
+        """The coordinator says that our weights differ; what it seals next tells us again."""
+        if not self._is_rebuilt:
+            self._suspect(why)
 
     def rebuild(self) -> list[PeerOutput]:
         """Have the shell replay the local log."""
@@ -92,15 +102,21 @@ class Replica:
     def rebuilt(self, result: Rebuilt) -> None:
         """The shell has replayed the local log."""
         self.rebuilding, self.suspicion = False, None
-        self.rounds, self.digest, self._rebuilt_at = result.rounds, result.digest, result.rounds
+        self.rounds, self.digest, self._is_rebuilt = result.rounds, result.digest, True
 
     def _compare(self, sealed: RoundSealed) -> None:
         """Check our weights against those the round was measured on."""
-        if sealed.digest != self.digest:
-            ours, canonical = f"{self.digest:08x}", f"{sealed.digest:08x}"
-            why = f"before round {sealed.round} our weights are {ours}, the canonical ones {canonical}"
-            self._suspect(why, sealed.round)
+        if sealed.digest == self.digest:
+            self._is_rebuilt, self.dispute, self._disputes = False, None, 0
+            return
+        ours, theirs = f"{self.digest:08x}", f"{sealed.digest:08x}"
+        why = f"before round {sealed.round} our weights are {ours}, it was sealed on {theirs}"
+        if not self._is_rebuilt:
+            self._suspect(why)
+            return
+        self.dispute = why
+        self._disputes += self.is_live
 
-    def _suspect(self, why: str, round_: int) -> None:
+    def _suspect(self, why: str) -> None:
         if self.suspicion is None and not self.rebuilding:
-            self.suspicion, self._suspect_round = why, round_
+            self.suspicion = why

@@ -58,12 +58,16 @@ def replay(
         check_every: compare the weights with the log's digest before the first round and every so many rounds.
         progress: called with the number of rounds the weights have after each one.
 
+    A digest in the log is what the round's contributors say, and one alone in a round can say anything. So a difference
+    counts only if no later digest agrees: equal weights cannot have come from different ones.
+
     Raises:
         LogError: rounds are missing, or the weights differ from those the log was made with; names the round.
         ModelError: the tensors do not fit the manifest.
     """
     assert check_every >= 1
-    applied = checked = first_round
+    applied = first_round
+    agreement = _Agreement(first_round)
     for sealed in rounds:
         if sealed.round < first_round:
             continue
@@ -71,9 +75,8 @@ def replay(
             break
         if sealed.round != applied:
             raise LogError(f"the log goes on with round {sealed.round} where round {applied} should be")
-        if (applied - first_round) % check_every == 0:
-            _check(sealed, short_digest(run_digest(manifest, weights)), since=checked)
-            checked = applied
+        if (applied - first_round) % check_every == 0 or agreement.dispute:
+            agreement.compare(sealed, short_digest(run_digest(manifest, weights)))
         apply_update(
             weights,
             manifest,
@@ -88,13 +91,40 @@ def replay(
         applied += 1
         if progress is not None:
             progress(applied)
+    agreement.settle()
     return run_digest(manifest, weights)
 
 
-def _check(sealed: SealedRound, digest: int, *, since: int) -> None:
-    if digest == sealed.digest:
-        return
-    found = f"the weights before round {sealed.round} are {digest:08x}, the log was made with {sealed.digest:08x}"
-    if sealed.round == since:
-        raise LogError(f"{found}: these are not the run's weights at round {since}")
-    raise LogError(f"{found}: they part between rounds {since} and {sealed.round}")
+class _Agreement:
+    """Whether the log's digests agree with the weights, as of the last comparison."""
+
+    def __init__(self, first_round: int) -> None:
+        self._since = first_round
+        self.dispute = ""
+        """The first difference that no agreement has followed."""
+
+    def compare(self, sealed: SealedRound, digest: int) -> None:
+        """Take in one comparison; a difference in round 0 is settled at once: the RunSpec names those weights too."""
+        if digest == sealed.digest:
+            self._since, self.dispute = sealed.round, ""
+        elif not self.dispute:
+            where = (
+                f"these are not the run's weights at round {self._since}"
+                if sealed.round == self._since
+                else f"they part between rounds {self._since} and {sealed.round}"
+            )
+            self.dispute = (
+                f"the weights before round {sealed.round} are {digest:08x}, the log was made with "
+                f"{sealed.digest:08x}: {where}"
+            )
+        if sealed.round == 0:
+            self.settle()
+
+    def settle(self) -> None:
+        """Raise what is left of a dispute.
+
+        Raises:
+            LogError: the weights differ from those of the log, and did not agree again.
+        """
+        if self.dispute:
+            raise LogError(self.dispute)

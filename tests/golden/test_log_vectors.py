@@ -25,7 +25,9 @@ from peerturb.runlog.writer import write_log
 from peerturb.spec import ModelSpec, RoundSpec, RunSpec
 from peerturb.wire.records import encode_record
 
-SPEC = RunSpec(name="golden", seed=7, model=ModelSpec(name="toy", digest="ab" * 32), round=RoundSpec(count=3))
+SPEC = RunSpec(
+    name="golden", seed=7, model=ModelSpec(name="toy", digest="efbeadde" + "ab" * 28), round=RoundSpec(count=3)
+)
 
 
 @pytest.fixture(scope="module")

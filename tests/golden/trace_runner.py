@@ -63,7 +63,8 @@ def make_spec(options: Options) -> RunSpec:
     """RunSpec of a trace."""
     return RunSpec(
         name="trace",
-        model=ModelSpec(name="toy", digest="ab" * 32),
+        # Its first four bytes are the weights before round 0: 7 where a contribution does not say.
+        model=ModelSpec(name="toy", digest=int(options.get("weights", "7")).to_bytes(4, "little").hex() + "ab" * 28),
         round=RoundSpec(
             count=int(options.get("rounds", "0")),
             probes_max=int(options.get("probes", "4")),
@@ -131,7 +132,7 @@ class CoordinatorTrace:
                     name=letter,
                     token="",
                     spec_digest=bytes(32) if options.get("spec") == "other" else self.spec.digest,
-                    base_digest=bytes.fromhex(options.get("base", "ab") * 32),
+                    base_digest=bytes.fromhex(options["base"] * 32 if "base" in options else self.spec.model.digest),
                     manifest_digest=bytes.fromhex(options.get("manifest", "01") * 32),
                     position=self._position(options.get("position", "0")),
                     chain=bytes(32),

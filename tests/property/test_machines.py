@@ -48,7 +48,7 @@ from peerturb.spec import ModelSpec, ObjectiveSpec, RoundSpec, RunSpec
 
 SPEC = RunSpec(
     name="any",
-    model=ModelSpec(name="toy", digest="ab" * 32),
+    model=ModelSpec(name="toy", digest="00000000" + "ab" * 28),
     round=RoundSpec(count=6, probes_max=3, min_peers=2, deadline_ms_min=50, deadline_ms_max=1_000, lease_ms=500),
     objective=ObjectiveSpec(eval_every=2),
 )

@@ -4,14 +4,14 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from peerturb.ids import PeerKey, Position
 from peerturb.manifest import manifest_digest
 from peerturb.protocol.driver import Persist, drive
 from peerturb.protocol.ledger import Ledger
-from peerturb.protocol.messages import FromPeer, ToPeer
+from peerturb.protocol.messages import Contribution, FromPeer, ToPeer
 from peerturb.protocol.outputs import (
     Apply,
     CancelMeasure,
@@ -85,6 +85,7 @@ class Peer:
         self.line: Line | None = None
         self.incarnation = 0
         self.rebuilds = 0
+        self.lies = False
         self.measured = 0
         self.stop: Stop | None = None
         self._work: deque[Work] = deque()
@@ -115,6 +116,12 @@ class Peer:
             unapplied=sealed[keep:],
         )
         self._perform([])
+
+    def lie(self) -> None:
+        """From now on, name other weights than it has in every contribution, and care for nobody's digests."""
+        assert self.machine is not None
+        self.lies = True
+        self.machine._replica._compare = lambda sealed: None  # type: ignore[method-assign]
 
     def restart(self) -> None:
         """Start if it is down."""
@@ -211,6 +218,8 @@ class Peer:
         self._perform(outputs)
 
     def _say(self, message: FromPeer) -> None:
+        if self.lies and isinstance(message, Contribution):
+            message = replace(message, digest=message.digest ^ 1)
         if (line := self.line) is not None:
             data = encode_from_peer(message).SerializeToString()
             self.world.deliver(line, "up", lambda: self.world.coordinator.hear(line, data))

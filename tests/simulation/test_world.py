@@ -18,7 +18,7 @@ ROUNDS = 30
 def make_spec(*, rounds: int = ROUNDS, min_peers: int = 1, budget_ms: int = 0, lease_ms: int = 3_000) -> RunSpec:
     return RunSpec(
         name="world",
-        model=ModelSpec(name="toy", digest="ab" * 32),
+        model=ModelSpec(name="toy", digest=BASE.to_bytes(4, "little").hex() + "ab" * 28),
         round=RoundSpec(
             count=rounds,
             probes_max=8,
@@ -108,6 +108,54 @@ def test_a_peer_whose_weights_flip_rebuilds_and_goes_on(seed: int) -> None:
     check_end(world)
     assert world.peers[2].rebuilds == 1
     assert [peer.rebuilds for peer in world.peers if peer is not world.peers[2]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_liar_among_two_never_decides_which_weights_are_right(seed: int) -> None:
+    """One peer, mostly slot 0, names false weights from the first round on; the honest peer is not made to stop, and its codes count."""
+    world = World(make_spec(), seed=seed, peers=2)
+    world.peers[0].start()
+    world.peers[0].lie()
+    world.after(5, world.peers[1].start)
+    assert world.run(until_ms=10_000_000, done=lambda: all_stopped(world))
+    check_honest_end(world, honest=world.peers[1:])
+    # A deadline the honest peer misses leaves the liar alone in a round, seldom.
+    machine = world.peers[1].machine
+    assert machine is not None
+    assert sum(record.slots == (machine.slot,) for record in sealed_rounds(world)) >= ROUNDS - 3
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_a_lone_liar_sealed_does_not_stop_those_who_join_later(seed: int) -> None:
+    world = World(make_spec(rounds=60), seed=seed, peers=3)
+    liar, *honest = world.peers
+    liar.start()
+    world.run(until_ms=10_000_000, done=lambda: liar.rounds == 3)
+    liar.lie()
+    world.run(until_ms=10_000_000, done=lambda: liar.rounds == 25)
+    for peer in honest:
+        peer.start()
+    assert world.run(until_ms=10_000_000, done=lambda: all_stopped(world))
+    check_honest_end(world, honest=honest)
+    false = [record.round for record in sealed_rounds(world) if record.digest != world.digests[record.round]]
+    assert 15 <= len(false) <= 40, false
+    assert max(false) < 50, "once two honest peers take part, their weights hold"
+
+
+def check_honest_end(world: World, *, honest: list[Peer]) -> None:
+    """Honest peers reach the end with the weights that base and log give."""
+    weights = BASE
+    for record in sealed_rounds(world):
+        weights = mix(weights, record)
+    for peer in honest:
+        assert peer.stop is not None
+        assert peer.stop.code is None, peer.stop
+        assert (peer.rounds, peer.weights) == (world.spec.round.count, weights)
+
+
+def sealed_rounds(world: World) -> list[RoundSealed]:
+    decoder = RecordDecoder()
+    return [record for record in map(decoder.decode, world.coordinator.store) if isinstance(record, RoundSealed)]
 
 
 def test_the_same_seed_gives_the_same_log() -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from peerturb import limits
 from peerturb.errors import RejectCode
-from peerturb.ids import PeerKey, Position, RoundNumber
+from peerturb.ids import PeerKey, Position, RoundNumber, Slot
+from peerturb.protocol.contributions import Contributions
 from peerturb.protocol.coordinator import CoordinatorMachine
 from peerturb.protocol.driver import Persist, drive
 from peerturb.protocol.ledger import IllegalRecordError, Ledger
@@ -19,9 +20,12 @@ from peerturb.protocol.records import PeerJoined, Record, RoundOpened, RoundSeal
 from peerturb.protocol.sealing import SealReason
 from peerturb.spec import ModelSpec, RoundSpec, RunSpec, StepSpec
 
+BASE = "07000000" + "ab" * 28
+"""Digest of base weights whose short digest is 7."""
+
 
 def make_spec(**settings: int) -> RunSpec:
-    return RunSpec(name="unit", model=ModelSpec(name="toy", digest="ab" * 32), round=RoundSpec(**settings))
+    return RunSpec(name="unit", model=ModelSpec(name="toy", digest=BASE), round=RoundSpec(**settings))
 
 
 class Shell:
@@ -53,7 +57,7 @@ class Shell:
             name=f"peer {peer}",
             token="",
             spec_digest=self.spec.digest,
-            base_digest=bytes.fromhex("ab" * 32),
+            base_digest=bytes.fromhex(BASE),
             manifest_digest=bytes(32),
             position=Position(position),
             chain=bytes(32),
@@ -264,6 +268,7 @@ def test_the_ledger_objects_to_every_record_out_of_place() -> None:
         ({"slots": (3,)}, "never admitted"),
         ({"slots": (0, 0), "counts": (1, 1), "codes": b"ab"}, "ascend"),
         ({"codes": b""}, "0 codes"),
+        ({"digest": 8}, "base weights are 00000007"),
     ],
 )
 def test_the_ledger_objects_to_a_wrong_sealed_round(change: dict[str, object], why: str) -> None:
@@ -274,6 +279,17 @@ def test_the_ledger_objects_to_a_wrong_sealed_round(change: dict[str, object], w
     fields = {name: getattr(sealed, name) for name in sealed.__slots__} | change
     with pytest.raises(IllegalRecordError, match=why):
         Ledger.fold([*log[:index], RoundSealed(**fields)])
+
+
+def test_in_a_tie_of_newcomers_the_lowest_slot_s_weights_hold() -> None:
+    ledger = Ledger()
+    ledger.apply(RunStarted(spec=make_spec(deadline_ms_min=100, deadline_ms_max=100)))
+    pending = Contributions()
+    for slot, digest in ((2, 9), (1, 8), (0, 5), (3, 5), (4, 8)):
+        pending.add(Slot(slot), Contribution(round=RoundNumber(1), codes=b"\x01", loss=1.0, digest=digest), 1)
+    for slot in range(5):
+        ledger.apply(PeerJoined(slot=Slot(slot), key=PeerKey(bytes([slot]) * 32), name=""))
+    assert pending.canonical_digest(ledger) == 5
 
 
 def test_the_step_rule_of_the_spec_holds() -> None:

@@ -17,7 +17,7 @@ from peerturb.spec import ModelSpec, ObjectiveSpec, RoundSpec, RunSpec
 
 SPEC = RunSpec(
     name="unit",
-    model=ModelSpec(name="toy", digest="ab" * 32),
+    model=ModelSpec(name="toy", digest="00000000" + "ab" * 28),
     round=RoundSpec(probes_max=4),
     objective=ObjectiveSpec(eval_every=0),
 )

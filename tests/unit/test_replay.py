@@ -92,3 +92,20 @@ def test_a_missing_round_is_named() -> None:
     rounds, _ = train()
     with pytest.raises(LogError, match="round 8 where round 7 should be"):
         replay(rounds[:7] + rounds[8:], base(), MANIFEST, SPEC)
+
+
+@pytest.mark.parametrize("check_every", [1, 16])
+def test_a_false_digest_that_a_later_round_contradicts_is_no_damage(check_every: int) -> None:
+    rounds, digest = train()
+    for number in (16, 17):
+        fields = {name: getattr(rounds[number], name) for name in rounds[number].__slots__}
+        rounds[number] = RoundSealed(**fields | {"digest": 7})
+    assert replay(rounds, base(), MANIFEST, SPEC, check_every=check_every) == digest
+
+
+def test_a_false_digest_in_the_last_round_is_told() -> None:
+    rounds, _ = train()
+    fields = {name: getattr(rounds[-1], name) for name in rounds[-1].__slots__}
+    rounds[-1] = RoundSealed(**fields | {"digest": 7})
+    with pytest.raises(LogError, match=f"between rounds {ROUNDS - 2} and {ROUNDS - 1}"):
+        replay(rounds, base(), MANIFEST, SPEC, check_every=1)

@@ -30,7 +30,7 @@ from peerturb.runlog.writer import LogWriter, write_log
 from peerturb.spec import ModelSpec, RoundSpec, RunSpec
 from peerturb.wire.records import encode_record
 
-SPEC = RunSpec(name="unit", model=ModelSpec(name="toy", digest="ab" * 32), round=RoundSpec(count=2))
+SPEC = RunSpec(name="unit", model=ModelSpec(name="toy", digest="07000000" + "ab" * 28), round=RoundSpec(count=2))
 
 
 def make_log() -> list[Record]:
