@@ -112,7 +112,7 @@ def test_a_peer_whose_weights_flip_rebuilds_and_goes_on(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_liar_among_two_never_decides_which_weights_are_right(seed: int) -> None:
-    """One peer, mostly slot 0, names false weights from the first round on; the honest peer is not made to stop, and its codes count."""
+    """One peer, mostly slot 0, names false weights from the start; the honest one goes on and its codes count."""
     world = World(make_spec(), seed=seed, peers=2)
     world.peers[0].start()
     world.peers[0].lie()
