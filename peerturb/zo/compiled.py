@@ -1,4 +1,4 @@
-"""The inner loops of the update in machine code, by Numba: signs, rounding noise, and the two roundings of a step.
+"""The inner loops of the update in machine code, by Numba: signs, sums, noise, the two roundings, the digest.
 
 Optional (`peerturb[fast]`); import it through `peerturb.zo.fast`. Every function makes bit for bit what its numpy or
 torch counterpart makes, in one pass over its data and without the interpreter's lock. Numba keeps LLVM from fusing a
@@ -12,7 +12,18 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from peerturb.rng import I8, KEY_STEPS, MULTIPLIERS, ROUNDING_SLOT, ROUNDS, U32, U64
+from peerturb.rng import (
+    GROUP_BLOCKS,
+    GROUP_SIGNS,
+    I8,
+    KEY_STEPS,
+    MULTIPLIERS,
+    ROUNDING_SLOT,
+    ROUNDS,
+    SIGNS_PER_BLOCK,
+    U32,
+    U64,
+)
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -23,8 +34,21 @@ _BLOCK_EIGHTS = 16
 _NOISE_ELEMENTS = 8
 """Elements whose rounding noise comes from one block."""
 
+_PAIR = 2
+"""Probes whose groups fill the lanes."""
+_PLANES = 16
+"""Bit planes in half a word."""
+_GROUP_HALVES = 256
+"""Halves of words that hold a group's bits."""
+_FLUSH = 256
+"""Probes whose codes' sum surely fits 16 bits."""
+
 _M0, _M1 = (np.uint64(m) for m in MULTIPLIERS)
 _STEP0, _STEP1 = (np.uint32(step) for step in KEY_STEPS)
+_GOLDEN = np.uint64(0x9E37_79B9_7F4A_7C15)
+_MIX0 = (np.uint64(30), np.uint64(0xBF58_476D_1CE4_E5B9))
+_MIX1 = (np.uint64(27), np.uint64(0x94D0_49BB_1331_11EB))
+_MIX2 = np.uint64(31)
 _HALF = np.uint64(32)
 _ONES = np.uint64(0x0101_0101_0101_0101)
 _BITS = np.uint64(0x8040_2010_0804_0201)
@@ -36,14 +60,14 @@ _HALF_WORD = np.uint32(16)
 _EXPONENT = np.uint32(0x7F80_0000)
 
 
-def _compiled(signature: str) -> Callable[[Function], Function]:
+def _compiled(*signatures: str) -> Callable[[Function], Function]:
     """Compile at import, or load from the cache: the first call is as quick as the last."""
 
     def compile_(function: Function) -> Function:
         try:
-            return cast(Function, numba.njit(signature, nogil=True, cache=True)(function))
+            return cast(Function, numba.njit([*signatures], nogil=True, cache=True)(function))
         except RuntimeError:  # nowhere to keep a cache: neither beside the sources nor in the user's folder
-            return cast(Function, numba.njit(signature, nogil=True)(function))
+            return cast(Function, numba.njit([*signatures], nogil=True)(function))
 
     return compile_
 
@@ -184,3 +208,76 @@ def subtract_bfloat16(
             # Noise would turn an infinity into NaN.
             added = np.uint32(0) if (pattern & _EXPONENT) == _EXPONENT else np.uint32(noise[skip + i])
             weights[at + i] = np.uint16(np.uint32(pattern + added) >> _HALF_WORD)
+
+
+@_compiled("void(int32[::1], int64, uint64[::1], uint64[::1], int8[::1], uint32, uint32, uint32)")
+def dense_sums(
+    total: NDArray[np.int32], first_group: int, samples: U64, slots: U64, factors: I8,
+    stream: int, round: int, run_key: int,
+) -> None:  # fmt: skip
+    """Write U = sum of c * z over groups of 4 096 elements in planar layout.
+
+    A sign is 1 - 2 * bit, so U = sum of c - 2 * sum of c * bit. Sums of up to `_FLUSH` probes fit 16 bits, whose
+    lanes are twice as many; a half of a word holds the bits of 16 planes.
+
+    Args:
+        total: int32[4096 * groups], written.
+        first_group: Number of the first group in the tensor.
+        samples: uint64[n], sample of each probe.
+        slots: uint64[n], its slot.
+        factors: int8[n], its code; 0 for a void one.
+        stream: The tensor's dense stream.
+        round: The round.
+        run_key: The run key.
+    """
+    lanes = np.zeros((5, LANES), np.uint32)
+    words = np.empty((LANES, 4), np.uint32)
+    halves = words.view(np.uint16).reshape((_PAIR, _GROUP_HALVES))
+    sums = np.empty((_PLANES, _GROUP_HALVES), np.int16)
+    everything = np.int32(0)
+    for probe in range(len(factors)):
+        everything += np.int32(factors[probe])
+    for group in range(len(total) // GROUP_SIGNS):
+        target = total[group * GROUP_SIGNS : (group + 1) * GROUP_SIGNS]
+        target[:] = everything
+        block = (first_group + group) * GROUP_BLOCKS
+        for chunk in range(0, len(factors), _FLUSH):
+            sums[:, :] = 0
+            stop = min(chunk + _FLUSH, len(factors))
+            for probe in range(chunk, stop, _PAIR):
+                for lane in range(LANES):
+                    which = min(probe + lane // GROUP_BLOCKS, stop - 1)
+                    lanes[0, lane] = block + lane % GROUP_BLOCKS
+                    lanes[1, lane] = stream
+                    lanes[2, lane] = samples[which]
+                    lanes[3, lane] = round
+                    lanes[4, lane] = slots[which]
+                _permute(lanes, run_key, words)
+                one = np.int16(factors[probe])
+                other = np.int16(factors[probe + 1]) if probe + 1 < stop else np.int16(0)
+                for plane in range(_PLANES):
+                    shift = np.uint16(plane)
+                    for i in range(_GROUP_HALVES):
+                        bit = np.int16((halves[0, i] >> shift) & np.uint16(1))
+                        bit_ = np.int16((halves[1, i] >> shift) & np.uint16(1))
+                        sums[plane, i] = np.int16(sums[plane, i] + np.int16(bit * one) + np.int16(bit_ * other))
+            for plane in range(_PLANES):
+                low, high = plane * SIGNS_PER_BLOCK, (plane + _PLANES) * SIGNS_PER_BLOCK
+                for lane in range(SIGNS_PER_BLOCK):
+                    # Lane 32 w + b of the layout is word w of block b.
+                    i = 2 * (4 * (lane % GROUP_BLOCKS) + lane // GROUP_BLOCKS)
+                    target[low + lane] -= np.int32(2) * np.int32(sums[plane, i])
+                    target[high + lane] -= np.int32(2) * np.int32(sums[plane, i + 1])
+
+
+@_compiled("uint64(uint32[::1], uint64)", "uint64(uint16[::1], uint64)")
+def digest_sum(words: NDArray[np.uint32] | NDArray[np.uint16], first: int) -> int:
+    """Return the sum of h(i) * x_i mod 2**64 over elements first.. of a tensor: h(i) = splitmix64(i) | 1."""
+    total = np.uint64(0)
+    start = np.uint64(first) + _GOLDEN
+    for i in range(len(words)):
+        z = start + np.uint64(i)
+        z = (z ^ (z >> _MIX0[0])) * _MIX0[1]
+        z = (z ^ (z >> _MIX1[0])) * _MIX1[1]
+        total += ((z ^ (z >> _MIX2)) | np.uint64(1)) * np.uint64(words[i])
+    return total  # type: ignore[return-value]

@@ -6,12 +6,15 @@ the weights (the sums are linear); it finds replicas that went astray.
 
 import hashlib
 import struct
+import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from peerturb.manifest import Manifest
+from peerturb.zo import fast
+from peerturb.zo.parallel import in_parallel
 from peerturb.zo.update import check_weights
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -26,7 +29,7 @@ _cache: dict[torch.device, Tensor] = {}
 
 def tensor_digest(weight: Tensor) -> int:
     """Return sum of h(i) * x_i mod 2**64, x_i the bits of element i (row-major) and h(i) = splitmix64(i) | 1."""
-    return int(_digest_sum(weight)) & (2**64 - 1)
+    return _sums([weight])[0]
 
 
 def run_digest(manifest: Manifest, weights: Sequence[Tensor]) -> bytes:
@@ -39,20 +42,41 @@ def run_digest(manifest: Manifest, weights: Sequence[Tensor]) -> bytes:
         ModelError: the tensors do not fit the manifest.
     """
     check_weights(weights, manifest)
-    sums = torch.stack([_digest_sum(weight) for weight in weights]).tolist() if weights else []
     state = hashlib.sha256()
-    for parameter, value in zip(manifest, sums, strict=True):
+    for parameter, value in zip(manifest, _sums(weights), strict=True):
         name, dtype, shape = parameter.name.encode(), parameter.dtype.encode(), parameter.shape
         state.update(struct.pack("<I", len(name)) + name)
         state.update(struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
         state.update(struct.pack("<I", len(dtype)) + dtype)
-        state.update(struct.pack("<Q", value & (2**64 - 1)))
+        state.update(struct.pack("<Q", value))
     return state.digest()
 
 
 def short_digest(digest: bytes) -> int:
     """Return the 32 bits a contribution carries: the digest's first four bytes, little endian."""
     return int.from_bytes(digest[:4], "little")
+
+
+def _sums(weights: Sequence[Tensor]) -> list[int]:
+    """Return the tensors' digests; they are on one device."""
+    loops = fast.compiled() if weights and weights[0].device.type == "cpu" else None
+    if loops is None:
+        sums = torch.stack([_digest_sum(weight) for weight in weights]).tolist() if weights else []
+        return [value & (2**64 - 1) for value in sums]
+    words = [weight.detach().reshape(-1).view(_WORDS[weight.dtype]).numpy() for weight in weights]
+    tile = _TILE_ELEMENTS["cpu"]
+    pieces = [(number, start) for number, array in enumerate(words) for start in range(0, len(array), tile)]
+    found = [0] * len(weights)
+    lock = threading.Lock()
+
+    def add(piece: tuple[int, int]) -> None:
+        number, start = piece
+        value = loops.digest_sum(words[number][start : start + tile], start)
+        with lock:
+            found[number] = (found[number] + value) & (2**64 - 1)
+
+    in_parallel(add, pieces)
+    return found
 
 
 def _digest_sum(weight: Tensor) -> Tensor:

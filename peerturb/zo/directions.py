@@ -110,9 +110,7 @@ class SpanTable:
                 eights, *tile, self.blocks, self.streams, samples, slots, factors, scaled, probes.round, probes.run_key
             )
 
-        # Sliced ones have strides, broadcast ones are read-only: the compiled signature knows neither.
-        samples, slots = (np.require(array, requirements=["C", "W"]) for array in (probes.samples, probes.slots))
-        factors = np.require(factors, requirements=["C", "W"])
+        samples, slots, factors = fast.settled(probes.samples), fast.settled(probes.slots), fast.settled(factors)
         in_parallel(fill, list(rng.tiles(len(probes), len(self.blocks))))
 
     def _fill(self, out: rng.I8, probes: Probes) -> None:

@@ -2,6 +2,12 @@
 
 from functools import lru_cache
 from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scalar = TypeVar("Scalar", bound="np.generic[Any]")
 
 
 @lru_cache(maxsize=1)
@@ -14,3 +20,8 @@ def compiled() -> ModuleType | None:
     from peerturb.zo import compiled
 
     return compiled
+
+
+def settled(array: NDArray[Scalar]) -> NDArray[Scalar]:
+    """Return the array as compiled signatures want it: a slice has strides, a broadcast one cannot be written."""
+    return np.require(array, requirements=["C", "W"])

@@ -18,8 +18,10 @@ from peerturb import codec, rng
 from peerturb.errors import LogError, ModelError
 from peerturb.limits import PROBES_PER_UPDATE_MAX
 from peerturb.manifest import Manifest, Parameter
-from peerturb.rng import GROUP_SIGNS, SIDE_LEFT, SIDE_RIGHT
+from peerturb.rng import GROUP_SIGNS, SIDE_DENSE, SIDE_LEFT, SIDE_RIGHT
+from peerturb.zo import fast
 from peerturb.zo.directions import Probes, Span, SpanTable, dense_bits
+from peerturb.zo.fast import settled
 from peerturb.zo.gemm import exact_product
 from peerturb.zo.parallel import in_parallel
 from peerturb.zo.rounding import subtract
@@ -147,10 +149,16 @@ def _apply_chunk(
     groups = _plan(manifest, vectors_only, device.type, min(len(probes), PROBES_PER_PASS))
     in_parallel(apply_group, groups)
     if family == "dense":
-        for parameter in manifest:
-            if parameter.kind != "vector":
-                for first, total in _dense_sums(parameter, probes, factors, device):
-                    subtract(flats[parameter.index], first, total, parameter, probes, alpha, chunk)
+
+        @torch.no_grad()
+        def apply_stretch(stretch: tuple[Parameter, int]) -> None:
+            parameter, first = stretch
+            total = _dense_sums(parameter, first, probes, factors, device)
+            subtract(flats[parameter.index], first, total, parameter, probes, alpha, chunk)
+
+        width = DENSE_ELEMENTS[_kind(device)]
+        matrices = [parameter for parameter in manifest if parameter.kind != "vector"]
+        in_parallel(apply_stretch, [(p, first) for p in matrices for first in range(0, p.elements, width)])
     for parameter, weight in zip(manifest, weights, strict=True):
         if not weight.is_contiguous():  # then its flat form above was a copy
             weight.detach().copy_(flats[parameter.index].view(weight.shape))
@@ -182,20 +190,26 @@ def _rank1_sums(
 
 
 def _dense_sums(
-    parameter: Parameter, probes: Probes, factors: NDArray[np.int8], device: torch.device
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first element, U) over row-major stretches of a matrix: U = sum of c - 2 * sum of c * bit."""
+    parameter: Parameter, first: int, probes: Probes, factors: NDArray[np.int8], device: torch.device
+) -> Tensor:
+    """Return U = sum of c - 2 * sum of c * bit of a row-major stretch of a matrix, int32[at most DENSE_ELEMENTS]."""
     height, width = DENSE_PROBES[_kind(device)], DENSE_ELEMENTS[_kind(device)]
     assert width % GROUP_SIGNS == 0
+    stop = min(first + width, parameter.elements)
+    loops = fast.compiled() if device.type == "cpu" else None
+    if loops is not None:
+        total = torch.empty(-(-(stop - first) // GROUP_SIGNS) * GROUP_SIGNS, dtype=torch.int32)
+        samples, slots, codes = settled(probes.samples), settled(probes.slots), settled(factors)
+        stream = rng.stream_of(parameter.index, SIDE_DENSE)
+        group = first // GROUP_SIGNS
+        loops.dense_sums(total.numpy(), group, samples, slots, codes, stream, probes.round, probes.run_key)
+        return total[: stop - first]
     column = torch.from_numpy(factors.copy()).to(device)[:, None]
-    everything = int(factors.astype(np.int64).sum())
-    for first in range(0, parameter.elements, width):
-        stop = min(first + width, parameter.elements)
-        total = torch.zeros(stop - first, dtype=torch.int32, device=device)
-        for start in range(0, len(probes), height):
-            bits = dense_bits(parameter, probes.part(start, start + height), first, stop, device)
-            total.add_(exact_product(column[start : start + height], bits)[0].to(torch.int32))
-        yield first, total.mul_(-2).add_(everything)
+    total = torch.zeros(stop - first, dtype=torch.int32, device=device)
+    for start in range(0, len(probes), height):
+        bits = dense_bits(parameter, probes.part(start, start + height), first, stop, device)
+        total.add_(exact_product(column[start : start + height], bits)[0].to(torch.int32))
+    return total.mul_(-2).add_(int(factors.astype(np.int64).sum()))
 
 
 @lru_cache(maxsize=64)

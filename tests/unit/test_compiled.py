@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peerturb import rng
 from peerturb.manifest import DType, Parameter
-from peerturb.zo import fast, rounding
+from peerturb.zo import fast, rounding, update
 from peerturb.zo.directions import Probes, Span, SpanTable
 
 pytest.importorskip("numba", reason="Numba is not installed")
@@ -107,3 +107,18 @@ def test_rows_beyond_the_last_lane_are_left_alone() -> None:
     is_written = eights != 7
     assert is_written[1, 16:].all()
     assert is_written.sum() == rng.SIGNS_PER_BLOCK // 8
+
+
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 600])
+@pytest.mark.parametrize(("shape", "extreme"), [((5, 1), False), ((64, 64), True), ((90, 91), False)])
+def test_dense_sums(count: int, shape: tuple[int, int], extreme: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More probes than 16 bits hold at once, an odd one left over, a group not full, the largest codes."""
+    parameter = Parameter(index=2, name="w", shape=shape, dtype="float32")
+    generator = np.random.default_rng(count)
+    factors = (np.full(count, -127) if extreme else generator.integers(-127, 128, count)).astype(np.int8)
+    probes = Probes.of(run_key=2**32 - 1, round=9, slots=np.arange(count) // 7, samples=np.arange(count) % 7)
+    found = update._dense_sums(parameter, 0, probes, factors, CPU)
+    without_numba(monkeypatch)
+    expected = update._dense_sums(parameter, 0, probes, factors, CPU)
+    assert found.dtype == expected.dtype == torch.int32
+    assert torch.equal(found, expected)

@@ -10,6 +10,8 @@ from peerturb.manifest import Parameter
 from peerturb.zo import digest
 from peerturb.zo.digest import run_digest, short_digest, tensor_digest
 
+pytestmark = pytest.mark.usefixtures("either_loops")
+
 WORD = 2**64 - 1
 
 
