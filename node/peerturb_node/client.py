@@ -100,8 +100,25 @@ async def _describe_once(address: Address) -> Description:
     )
 
 
-async def record_batches(address: Address, *, first: int = 0) -> AsyncIterator[list[bytes]]:
-    """Yield the log's encoded records in batches, from position `first` to the head at the time of asking.
+async def head_and_chain(address: Address) -> tuple[int, bytes]:
+    """Ask for the number of records in the log, and the chain hash after them.
+
+    Raises:
+        UnreachableError: the coordinator went away.
+        RefusedError: the token is wrong.
+    """
+    async with await open_channel(address.target, address.security) as channel:
+        try:
+            status = await stub_of(channel).Status(
+                pb.StatusRequest(), timeout=_CALL_TIMEOUT_S, metadata=token_metadata(address.token)
+            )
+        except grpc.aio.AioRpcError as error:
+            raise explain(error, address) from error
+    return status.head, status.chain
+
+
+async def record_batches(address: Address, *, first: int = 0, last: int = 0) -> AsyncIterator[list[bytes]]:
+    """Yield the log's encoded records in batches, from position `first` up to `last`; 0: the head when asking.
 
     Raises:
         UnreachableError: the coordinator went away.
@@ -112,7 +129,9 @@ async def record_batches(address: Address, *, first: int = 0) -> AsyncIterator[l
         while True:
             try:
                 batch = await stub.Range(
-                    pb.RangeRequest(first=first), timeout=_RANGE_TIMEOUT_S, metadata=token_metadata(address.token)
+                    pb.RangeRequest(first=first, last=last),
+                    timeout=_RANGE_TIMEOUT_S,
+                    metadata=token_metadata(address.token),
                 )
             except grpc.aio.AioRpcError as error:
                 raise explain(error, address) from error
@@ -120,7 +139,7 @@ async def record_batches(address: Address, *, first: int = 0) -> AsyncIterator[l
                 return
             yield list(batch.records)
             first += len(batch.records)
-            if first >= batch.head:
+            if first >= (last or batch.head):
                 return
 
 

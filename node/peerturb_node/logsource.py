@@ -19,7 +19,7 @@ from peerturb.runlog.reader import LogEnd, read_entries
 from peerturb.runlog.writer import LogWriter
 from peerturb.wire import WireError
 from peerturb.wire.records import RecordDecoder
-from peerturb_node.client import Address, record_batches
+from peerturb_node.client import Address, head_and_chain, record_batches
 
 DATABASE_FILE = "run.sqlite"
 """Name of the coordinator's log in its data folder."""
@@ -158,7 +158,23 @@ def _from_database(path: Path) -> Iterator[bytes]:
 
 
 async def _fetch(address: Address) -> list[bytes]:
-    return [payload async for batch in record_batches(address) for payload in batch]
+    """Fetch what the coordinator has now, and compare it with the chain that it states.
+
+    A file carries a chain hash with every record; what comes over the network has only this one to be held against.
+    """
+    head, stated = await head_and_chain(address)
+    payloads = [payload async for batch in record_batches(address, last=head) for payload in batch]
+    if len(payloads) != head:
+        raise LogError(f"{address.target} sent {len(payloads)} of its {head} records")
+    chain = CHAIN_START
+    for payload in payloads:
+        chain = chain_after(chain, payload)
+    if chain != stated:
+        raise LogError(
+            f"the {head} records from {address.target} hash to chain {chain.hex()[:16]}, but it states "
+            f"{stated.hex()[:16]}: its log is damaged; `peerturb log verify` on its data folder names the record"
+        )
+    return payloads
 
 
 def rounds_between(records: Iterable[tuple[int, Record]], rounds: str | None) -> Iterator[tuple[int, Record]]:

@@ -20,6 +20,7 @@ def test_the_log_commands(tmp_path: Path) -> None:
         assert node.wait() == 0
         live = tmp_path / "live.runlog"
         assert net.run("log", "export", "--coordinator", net.address, "--out", str(live)).returncode == 0
+        assert net.run("log", "verify", "--coordinator", net.address).returncode == 0
         assert coordinator.stop() == 0
         folder = str(net.data_dir)
         stored = tmp_path / "stored.runlog"
@@ -38,6 +39,11 @@ def test_the_log_commands(tmp_path: Path) -> None:
         assert {row["round"] for row in rows} == {10, 11}
         assert {row["kind"] for row in rows} >= {"RoundOpened", "RoundSealed"}
         assert "run toy started" in net.run("log", "show", str(stored)).stdout.splitlines()[0]
+
+        beyond = net.run("log", "replay", str(stored), "--until", "26")
+        assert beyond.returncode == 2
+        assert "--until 26" in beyond.stderr
+        assert "only 25 sealed rounds" in beyond.stderr
 
         entries = [entry for entry, _ in read_entries(stored)]
         data = bytearray(stored.read_bytes())
@@ -68,6 +74,45 @@ def _damage(database: Path, *, position: int) -> None:
         (payload,) = connection.execute("SELECT payload FROM record WHERE position = ?", (position,)).fetchone()
         changed = bytes([payload[0] ^ 1]) + payload[1:]
         connection.execute("UPDATE record SET payload = ? WHERE position = ?", (changed, position))
+
+
+def test_a_log_from_the_network_is_held_against_the_chain_that_its_coordinator_states(tmp_path: Path) -> None:
+    with network(tmp_path, toy_run(count=5)) as net:
+        net.start_coordinator()
+        assert net.start_node("node").wait() == 0
+        # Under the running coordinator: the records it reads from its disk are not those it hashed.
+        _damage(net.data_dir / "run.sqlite", position=5)
+        out = tmp_path / "x.runlog"
+        for arguments in (["verify"], ["show"], ["export", "--out", str(out)]):
+            damaged = net.run("log", *arguments, "--coordinator", net.address)
+            assert damaged.returncode == 3, damaged.stderr
+            assert net.address in damaged.stderr
+            assert "hash to chain" in damaged.stderr
+        assert not out.exists()
+
+
+def test_a_coordinator_that_keeps_records_back_is_noticed(tmp_path: Path) -> None:
+    with network(tmp_path, toy_run(count=5)) as net:
+        net.start_coordinator()
+        assert net.start_node("node").wait() == 0
+        with closing(sqlite3.connect(net.data_dir / "run.sqlite")) as connection, connection:
+            connection.execute("DELETE FROM record WHERE position > 5")
+        short = net.run("log", "verify", "--coordinator", net.address)
+        assert short.returncode == 3, short.stderr
+        assert "sent 6 of its" in short.stderr
+
+
+def test_a_damaged_log_is_not_served(tmp_path: Path) -> None:
+    with network(tmp_path, toy_run(count=5)) as net:
+        coordinator = net.start_coordinator()
+        assert net.start_node("node").wait() == 0
+        assert coordinator.stop() == 0
+        _damage(net.data_dir / "run.sqlite", position=7)
+        refused = net.run(
+            "coordinator", "serve", str(net.run_file), "--listen", "127.0.0.1:0", "--data-dir", str(net.data_dir)
+        )
+        assert refused.returncode == 3, refused.stderr
+        assert "record 7" in refused.stderr
 
 
 @pytest.mark.parametrize(
