@@ -23,12 +23,12 @@ from peerturb.zo.coverage import check_coverage
 from peerturb.zo.data import Draw
 from peerturb.zo.directions import Directions, Probes, Span, SpanTable
 from peerturb.zo.objective import Objective, TokenSequence
-from peerturb.zo.perturbation import FAMILIES, Signs
+from peerturb.zo.perturbation import FAMILIES, Side, Signs
 
 FORWARD_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Tokens in one forward by device type: enough to feed the cores, few enough for activations to stay in cache."""
 
-LOGIT_BYTES_MAX = {"cpu": 2**25, "cuda": 2**30}
+LOGIT_BYTES_MAX = {"cpu": 2**26, "cuda": 2**30}
 """Logits of one forward; they are the largest activation of a small model with a large vocabulary."""
 
 SIGN_BYTES_MAX = 2**27
@@ -99,6 +99,14 @@ class FactorSigns:
     def right(self, parameter: Parameter) -> Tensor:
         """See `Signs`."""
         return self._signs[:, self._columns[parameter.index, SIDE_RIGHT]]
+
+    def factors(self) -> Tensor:
+        """See `Signs`."""
+        return self._signs
+
+    def columns(self, parameter: Parameter, side: Side) -> slice:
+        """See `Signs`."""
+        return self._columns[parameter.index, SIDE_LEFT if side == "left" else SIDE_RIGHT]
 
     def dense(self, parameter: Parameter, probe: int) -> Tensor:
         """Only the `dense` family asks for this, and it does not use this class."""
