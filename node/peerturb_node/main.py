@@ -1,8 +1,6 @@
 """Start to end of a node's process: settings in, exit code out. The assembly; every part is made elsewhere."""
 
 import asyncio
-import os
-import signal
 import time
 from typing import TextIO
 
@@ -16,6 +14,7 @@ from peerturb_node.folder import StateFolder, set_aside
 from peerturb_node.local import open_log, restore
 from peerturb_node.session import Ended, Node
 from peerturb_node.settings import NodeSettings
+from peerturb_node.stopping import StopSignals
 
 
 def run_node(settings: NodeSettings, *, is_json: bool, stream: TextIO) -> int:
@@ -64,9 +63,10 @@ async def _run(settings: NodeSettings, events: Events) -> int:
             )
         compute = await asyncio.to_thread(_make_compute, settings, spec, events)
         try:
-            ended = await _take_part(settings, address, spec, folder, compute, events)
+            ended, signals = await _take_part(settings, address, spec, folder, compute, events)
             if settings.export is not None:
-                await asyncio.to_thread(compute.export, settings.export.expanduser())
+                with signals.held_off(f"the model is written to {settings.export}"):
+                    await asyncio.to_thread(compute.export, settings.export.expanduser())
                 events.emit("export", folder=str(settings.export))
         finally:
             compute.close()
@@ -77,8 +77,11 @@ async def _run(settings: NodeSettings, events: Events) -> int:
 
 async def _take_part(
     settings: NodeSettings, address: Address, spec: RunSpec, state: StateFolder, compute: Compute, events: Events
-) -> Ended:
-    """Run until the end. A local log that is not on the run's chain is set aside, once, and everything fetched anew."""
+) -> tuple[Ended, StopSignals]:
+    """Run until the end; return it with the signals in force.
+
+    A local log that is not on the run's chain is set aside, once, and everything fetched anew.
+    """
     folder = state.run_folder(spec)
     is_second = False
     while True:
@@ -95,12 +98,13 @@ async def _take_part(
                 unapplied=unapplied,
                 events=events,
             )
-            _install_signals(node)
+            signals = StopSignals(node, events)
+            signals.install()
             ended = await node.run()
         finally:
             log.close()
         if ended.refusal is not RejectCode.LOG_DIVERGED or is_second or not log.ledger.position:
-            return ended
+            return ended, signals
         is_second = True
         kept = set_aside(log.path)
         compute.reset()
@@ -145,19 +149,6 @@ def _make_compute(settings: NodeSettings, spec: RunSpec, events: Events) -> Comp
         seconds=round(time.perf_counter() - started_s, 3),
     )
     return compute
-
-
-def _install_signals(node: Node) -> None:
-    """First signal: leave in order. Second: end at once."""
-    loop = asyncio.get_running_loop()
-
-    def stop(name: str) -> None:
-        if node.is_leaving:
-            os._exit(128 + signal.Signals[name].value)
-        node.leave(f"asked to stop ({name})")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number.name)
 
 
 def _sink(*, is_json: bool, stream: TextIO) -> Sink:

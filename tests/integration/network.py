@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,9 @@ def toy_run(
 class Program:
     """One process that prints JSON lines."""
 
-    def __init__(self, arguments: list[str], *, folder: Path, label: str) -> None:
+    def __init__(
+        self, arguments: list[str], *, folder: Path, label: str, entry: Sequence[str] = ("-m", "peerturb.cli")
+    ) -> None:
         self.label = label
         self.arguments = arguments
         self.events: list[Event] = []
@@ -68,7 +70,7 @@ class Program:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         with self.errors_path.open("ab") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "peerturb.cli", *arguments],
+                [sys.executable, *entry, *arguments],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=environment,
@@ -174,11 +176,13 @@ class Network:
         self.port = int(port_file.read_text())
         return self.coordinator
 
-    def start_node(self, name: str, *extra: str, compute: str = "toy") -> Program:
-        """Start a node with its own state folder."""
+    def start_node(
+        self, name: str, *extra: str, compute: str = "toy", entry: Sequence[str] = ("-m", "peerturb.cli")
+    ) -> Program:
+        """Start a node with its own state folder; `entry` is what Python runs with the command's arguments."""
         arguments = ["node", "run", "--coordinator", self.address, "--state", str(self.folder / name)]
         arguments += ["--name", name, "--compute", compute, "--json", *extra]
-        return self._start(arguments, name)
+        return self._start(arguments, name, entry)
 
     def run(self, *arguments: str, timeout_s: float = 120.0) -> "subprocess.CompletedProcess[str]":
         """Run a command to its end."""
@@ -213,8 +217,8 @@ class Network:
             if program.process.poll() is None:
                 program.kill()
 
-    def _start(self, arguments: list[str], label: str) -> Program:
-        program = Program(arguments, folder=self.folder, label=label)
+    def _start(self, arguments: list[str], label: str, entry: Sequence[str] = ("-m", "peerturb.cli")) -> Program:
+        program = Program(arguments, folder=self.folder, label=label, entry=entry)
         self.programs.append(program)
         return program
 

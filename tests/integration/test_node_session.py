@@ -1,5 +1,7 @@
 """One coordinator and a few nodes as real processes, on the toy compute: joining, leaving, rejoining, refusals."""
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,47 @@ def test_a_stub_network_exchanges_codes(tmp_path: Path) -> None:
         sealed = [record for record in read_records(net.export_log()) if isinstance(record, RoundSealed)]
         assert len(sealed) == 30
         assert sum(len(record.codes) for record in sealed) == nodes[0].of("stop")[0]["codes_down"]
+
+
+SLOW_EXPORT = """
+import sys, time
+from pathlib import Path
+from peerturb import cli
+from peerturb_node.compute.toy import ToyCompute
+
+def export(self, folder: Path) -> None:
+    (folder / "begun").touch()
+    while not (folder / "go-on").exists():
+        time.sleep(0.01)
+    (folder / "whole").touch()
+
+ToyCompute.export = export
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("rounds", [3, 0], ids=["the run ends", "the node is asked to leave"])
+def test_sigterm_during_the_export_waits_for_its_end(tmp_path: Path, rounds: int) -> None:
+    script, out = tmp_path / "slow_export.py", tmp_path / "model"
+    script.write_text(SLOW_EXPORT, encoding="utf-8")
+    out.mkdir()
+    with network(tmp_path, toy_run(count=rounds)) as net:
+        net.start_coordinator()
+        node = net.start_node("node", "--export", str(out), entry=[str(script)])
+        node.wait_for_round(3)
+        if not rounds:
+            node.process.send_signal(signal.SIGTERM)
+        end_s = time.monotonic() + 60
+        while not (out / "begun").exists():
+            assert time.monotonic() < end_s, node.errors
+            time.sleep(0.01)
+        for count in (1, 2):
+            node.process.send_signal(signal.SIGTERM)
+            while sum(event.get("code") == "stop_held_off" for event in list(node.events)) < count:
+                assert time.monotonic() < end_s, node.errors
+                time.sleep(0.01)
+        assert node.process.poll() is None
+        (out / "go-on").touch()
+        assert node.wait() == 0
+        assert (out / "whole").exists()
+        assert node.of("export")

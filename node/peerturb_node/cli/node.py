@@ -74,7 +74,7 @@ def run(
     """Join a run: hold a replica, measure probes on private data, apply what everybody measured.
 
     Settings come from the --config file, then the environment (PEERTURB_NODE_*), then these flags; the last one wins.
-    Ctrl-C leaves in order; a second Ctrl-C stops at once.
+    Ctrl-C leaves in order; a second Ctrl-C stops at once. SIGTERM never cuts an export off.
     """
     from peerturb_node import settings as settings_module
 
