@@ -1,4 +1,4 @@
-"""Distinct types for the integers and byte strings that must not be mixed."""
+"""Distinct types for the integers and byte strings that must not be mixed; how a short digest is shown."""
 
 from typing import NewType
 
@@ -16,3 +16,8 @@ PeerKey = NewType("PeerKey", bytes)
 
 RunKey = NewType("RunKey", int)
 """First four bytes, little endian, of the RunSpec digest: first word of every Philox key."""
+
+
+def short_hex(digest: int) -> str:
+    """Return a short digest (u32, little endian) as people see it: the beginning of the whole one."""
+    return digest.to_bytes(4, "little").hex()

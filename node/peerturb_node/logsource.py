@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peerturb.errors import LogError, SpecError
+from peerturb.ids import short_hex
 from peerturb.protocol.records import Evaluated, Record, RoundOpened, RoundSealed
 from peerturb.runlog.chain import CHAIN_START, chain_after
 from peerturb.runlog.fold import describe
@@ -207,7 +208,7 @@ def record_row(position: int, record: Record) -> dict[str, Any]:
     if isinstance(record, RoundSealed):
         row |= {
             "alpha": record.alpha,
-            "digest": f"{record.digest:08x}",
+            "digest": short_hex(record.digest),
             "slots": list(record.slots),
             "counts": list(record.counts),
             "codes": len(record.codes),

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from peerturb.ids import Slot
+from peerturb.ids import Slot, short_hex
 from peerturb.protocol.outputs import Measure
 from peerturb.protocol.records import RoundSealed
 from peerturb_node.compute.base import HeldOut, Measured
@@ -70,7 +70,7 @@ class Progress:
             "round",
             round=sealed.round + 1,
             loss=sealed.loss,
-            digest=None if digest is None else f"{digest:08x}",
+            digest=None if digest is None else short_hex(digest),
             codes=len(sealed.codes),
             peers=len(sealed.slots),
             own=slot in sealed.slots,
@@ -99,7 +99,7 @@ class Progress:
             "stop",
             why=why,
             round=rounds,
-            digest=digest[:4][::-1].hex(),
+            digest=digest[:4].hex(),
             bytes_up=self._traffic.up,
             bytes_down=self._traffic.down,
             codes_up=self.codes_up,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from peerturb import limits
 from peerturb.errors import RejectCode
+from peerturb.ids import short_hex
 from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.messages import Contribution, Hello
 from peerturb.spec import PROTOCOL_VERSION, RunSpec
@@ -75,7 +76,8 @@ def contribution_refusal(message: Contribution, ledger: Ledger, *, probes_max: i
         return Denial(code=RejectCode.FUTURE_ROUND, why=why, closes=False)
     first = ledger.spec.first_digest if ledger.spec is not None and message.round == 0 else None
     if first is not None and message.digest != first:
-        why = f"round 0 was measured on weights {message.digest:08x}, the base weights are {first:08x}: rebuild"
+        theirs, ours = short_hex(message.digest), short_hex(first)
+        why = f"round 0 was measured on weights {theirs}, the base weights are {ours}: rebuild"
         return Denial(code=RejectCode.DIGEST_MISMATCH, why=why, closes=False)
     return None
 

@@ -11,7 +11,7 @@ from typing import assert_never
 
 from peerturb import codec, limits
 from peerturb.errors import LogError
-from peerturb.ids import PeerKey, Position, RoundNumber, Slot
+from peerturb.ids import PeerKey, Position, RoundNumber, Slot, short_hex
 from peerturb.protocol.floats import f32, is_f32
 from peerturb.protocol.records import (
     Evaluated,
@@ -227,7 +227,7 @@ class Ledger:
             return f"holds a contribution of slot {record.slots[-1]}, which was never admitted"
         first = spec.first_digest if record.round == 0 else None
         if first is not None and record.digest != first:
-            return f"was measured on weights {record.digest:08x}; the base weights are {first:08x}"
+            return f"was measured on weights {short_hex(record.digest)}; the base weights are {short_hex(first)}"
         alpha = step_size(spec, record.round, self.open.scale, record.codes)
         if record.alpha != alpha:
             return f"has step size {record.alpha!r}; from the codes follows {alpha!r}"

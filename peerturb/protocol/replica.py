@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 
+from peerturb.ids import short_hex
 from peerturb.protocol.outputs import Apply, PeerOutput, Rebuild
 from peerturb.protocol.records import RoundSealed
 from peerturb.protocol.results import Applied, Rebuilt
@@ -109,7 +110,7 @@ class Replica:
         if sealed.digest == self.digest:
             self._is_rebuilt, self.dispute, self._disputes = False, None, 0
             return
-        ours, theirs = f"{self.digest:08x}", f"{sealed.digest:08x}"
+        ours, theirs = short_hex(self.digest), short_hex(sealed.digest)
         why = f"before round {sealed.round} our weights are {ours}, it was sealed on {theirs}"
         if not self._is_rebuilt:
             self._suspect(why)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import assert_never
 
 from peerturb.errors import LogError
+from peerturb.ids import short_hex
 from peerturb.protocol.records import (
     Evaluated,
     PeerJoined,
@@ -53,7 +54,7 @@ def describe(record: Record) -> str:
             slots = ", ".join(f"{slot}:{count}" for slot, count in zip(record.slots, record.counts, strict=True))
             return (
                 f"round {record.round} sealed, {loss}, {len(record.codes)} codes (slot:codes {slots}), "
-                f"alpha {record.alpha:.6g}, weights {record.digest:08x}"
+                f"alpha {record.alpha:.6g}, weights {short_hex(record.digest)}"
             )
         case Evaluated():
             accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.2%}"

@@ -21,6 +21,7 @@ def test_the_log_commands(tmp_path: Path) -> None:
         live = tmp_path / "live.runlog"
         assert net.run("log", "export", "--coordinator", net.address, "--out", str(live)).returncode == 0
         assert net.run("log", "verify", "--coordinator", net.address).returncode == 0
+        status = json.loads(net.run("status", "--coordinator", net.address, "--json").stdout)
         assert coordinator.stop() == 0
         folder = str(net.data_dir)
         stored = tmp_path / "stored.runlog"
@@ -38,6 +39,12 @@ def test_the_log_commands(tmp_path: Path) -> None:
         rows = [json.loads(line) for line in shown.stdout.splitlines()]
         assert {row["round"] for row in rows} == {10, 11}
         assert {row["kind"] for row in rows} >= {"RoundOpened", "RoundSealed"}
+        # The node, the log and a running coordinator show a digest alike.
+        assert {row["digest"] for row in rows if row["kind"] == "RoundSealed"} <= {
+            node.digests()[10],
+            node.digests()[11],
+        }
+        assert status["digest"] == node.digests()[24]
         assert "run toy started" in net.run("log", "show", str(stored)).stdout.splitlines()[0]
 
         beyond = net.run("log", "replay", str(stored), "--until", "26")

@@ -111,8 +111,9 @@ def _check_replay(net: Network, log: Path, base: Path, exported: Path, digest: s
     out = net.folder / "replayed"
     result = net.run("log", "replay", str(log), "--model", str(base), "--out", str(out), "--device", "cpu", "--json")
     assert result.returncode == 0, result.stderr
-    found = bytes.fromhex(json.loads(result.stdout)["digest"])
-    assert f"{int.from_bytes(found[:4], 'little'):08x}" == digest
+    # A node shows the beginning of what a replay shows whole.
+    assert len(digest) == 8
+    assert json.loads(result.stdout)["digest"].startswith(digest)
     files = sorted(path.name for path in exported.iterdir())
     assert "model.safetensors" in files
     assert files == sorted(path.name for path in out.iterdir())

@@ -268,7 +268,7 @@ def test_the_ledger_objects_to_every_record_out_of_place() -> None:
         ({"slots": (3,)}, "never admitted"),
         ({"slots": (0, 0), "counts": (1, 1), "codes": b"ab"}, "ascend"),
         ({"codes": b""}, "0 codes"),
-        ({"digest": 8}, "base weights are 00000007"),
+        ({"digest": 8}, "base weights are 07000000"),
     ],
 )
 def test_the_ledger_objects_to_a_wrong_sealed_round(change: dict[str, object], why: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from peerturb.errors import ModelError
+from peerturb.ids import short_hex
 from peerturb.manifest import Parameter
 from peerturb.zo import digest
 from peerturb.zo.digest import run_digest, short_digest, tensor_digest
@@ -97,3 +98,10 @@ def test_run_digest_refuses_other_tensors() -> None:
 
 def test_short_digest_is_little_endian() -> None:
     assert short_digest(bytes([1, 2, 3, 4, 5])) == 0x04030201
+
+
+@pytest.mark.parametrize("digest", [bytes(range(32)), bytes(32), b"\xff" * 32])
+def test_a_short_digest_is_shown_as_the_beginning_of_the_whole_one(digest: bytes) -> None:
+    shown = short_hex(short_digest(digest))
+    assert len(shown) == 8
+    assert digest.hex().startswith(shown)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peerturb.ids import short_hex
+
 if TYPE_CHECKING:
     from peerturb.wire.v1 import coordinator_pb2 as pb
     from peerturb.wire.v1.coordinator_pb2_grpc import CoordinatorAsyncStub
@@ -87,7 +89,7 @@ def _as_json(answer: "pb.RunStatus") -> dict[str, Any]:
         "loss": _number(answer.loss),
         "scale": answer.scale,
         "alpha": answer.alpha,
-        "digest": f"{answer.digest:08x}",
+        "digest": short_hex(answer.digest),
         "probes": answer.probes,
         "void_codes": answer.void_codes,
         "digest_mismatches": answer.digest_mismatches,
@@ -125,7 +127,7 @@ def _show(answer: "pb.RunStatus") -> None:
     if answer.fault:
         state = f"[bold red]stopped: {escape(answer.fault)}[/]"
     loss = _number(answer.loss)
-    weights = f"{answer.digest:08x}" if answer.round else "-"
+    weights = short_hex(answer.digest) if answer.round else "-"
     console.print(f"[bold]{escape(answer.run)}[/]  {answer.spec_digest.hex()[:16]}  {state}", soft_wrap=True)
     console.print(
         f"round {answer.round}   loss {'-' if loss is None else f'{loss:.4f}'}   probes {answer.probes}"

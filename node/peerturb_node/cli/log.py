@@ -159,8 +159,7 @@ def _replay(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
-    # Nodes and `status` show the first four bytes as the log has them: one little-endian number.
-    short = int.from_bytes(bytes.fromhex(result["digest"])[:4], "little")
-    typer.echo(f"weights after {result['rounds']} rounds: {short:08x}, digest {result['digest']}")
+    # Nodes, `status` and `log show` give the first eight digits of it.
+    typer.echo(f"weights after {result['rounds']} rounds: digest {result['digest']}")
     if out is not None:
         typer.echo(f"model written to {out}")
