@@ -128,7 +128,7 @@ class Round:
     number: RoundNumber
     spec: RunSpec
     manifest: Manifest
-    engines: Sequence[ProbeEngine]
+    engines: Sequence[ProbeEngine[TokenSequence]]
     """One for each slot, slots 0.. in order."""
     weights: Sequence[Tensor]
     """The manifest's tensors, in its order; the exchange updates them in place."""
@@ -255,8 +255,8 @@ class Trainer:
         manifest = build_manifest(case.model, spec.model)
         weights = list(trainable_weights(case.model, manifest).values())
         self._base = [weight.clone() for weight in weights]
-        engines = [ProbeEngine(case.model, manifest, spec, case.objective, part) for part in case.parts]
         self._runner = Runner(case.model, manifest, case.objective)
+        engines = [ProbeEngine(self._runner, spec, part) for part in case.parts]
         self._manifest, self._weights, self._engines = manifest, weights, engines
 
     def __enter__(self) -> "Trainer":

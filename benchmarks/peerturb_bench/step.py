@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import DType
 from peerturb.spec import ModelSpec, ObjectiveSpec, RoundSpec, RunSpec
+from peerturb.zo.batch import Runner
 from peerturb.zo.model import build_manifest, prepare
 from peerturb.zo.objective import Objective, TokenSequence
 from peerturb.zo.probe import ProbeEngine
@@ -82,14 +83,17 @@ def measure(case: Case, repeats: int) -> Row:
     engine = build_engine(case)
     slot = Slot(0)
     drawn = engine.drawn(RoundNumber(0), slot, case.probes)
-    batches = [[drawn[index][0] for index in samples for _ in range(2)] for samples in engine.micro_batches(drawn)]
+    batches = [
+        [engine.items[drawn[sample, 0]] for sample in samples for _ in range(2)]
+        for samples in engine.micro_batches(drawn)
+    ]
 
     def probe() -> None:
         engine.measure(RoundNumber(0), slot=slot)
 
     def infer() -> None:
         for batch in batches:
-            engine.runner.losses(batch)
+            engine.evaluator.losses(batch)
 
     probe()
     infer()
@@ -103,7 +107,7 @@ def measure(case: Case, repeats: int) -> Row:
     )
 
 
-def build_engine(case: Case) -> ProbeEngine:
+def build_engine(case: Case) -> ProbeEngine[TokenSequence]:
     """Return an engine over random weights and random tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -125,13 +129,8 @@ def build_engine(case: Case) -> ProbeEngine:
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
     tokens = np.random.default_rng(0).integers(0, case.vocabulary, (case.probes, case.tokens), dtype=np.int32)
-    return ProbeEngine(
-        model,
-        build_manifest(model, spec.model),
-        spec,
-        Objective(spec.objective, tokenizer),
-        [TokenSequence(tokens=row, start=1) for row in tokens],
-    )
+    runner = Runner(model, build_manifest(model, spec.model), Objective(spec.objective, tokenizer))
+    return ProbeEngine(runner, spec, [TokenSequence(tokens=row, start=1) for row in tokens])
 
 
 def timed_ms(work: Callable[[], None]) -> float:

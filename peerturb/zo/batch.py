@@ -6,20 +6,60 @@ check.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from peerturb.manifest import Manifest, Parameter
+from peerturb.zo.coverage import Trial, text_trial
 from peerturb.zo.objective import Objective, Rows, TokenSequence
 from peerturb.zo.perturbation import Perturbation
 from peerturb.zo.perturbed import PerturbedForward
 
+Item = TypeVar("Item", contravariant=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """What one example costs in a forward, measured at one side of a probe."""
+
+    rows: int = 1
+    tokens: int
+    """Of a row, before padding."""
+    outputs: int
+    """Numbers in the largest output of a row."""
+
+
+class Evaluator(Protocol[Item]):
+    """What the probe engine asks of a model and its objective: losses, and how large examples are.
+
+    Attributes:
+        parameters: what is trained, entry by entry of the manifest, with the model's tensors.
+        device: where the tensors are.
+        dtype: type of the activations.
+    """
+
+    parameters: list[tuple[Parameter, Tensor]]
+    device: torch.device
+    dtype: torch.dtype
+
+    def size(self, item: Item) -> Size:
+        """Say what an example costs."""
+        ...
+
+    def losses(self, items: Sequence[Item], perturbation: Perturbation | None = None) -> Tensor:
+        """Return losses: [examples], or [probes, 2, examples per probe] under a perturbation."""
+        ...
+
+    def trial(self, numbers: Tensor) -> Tensor:
+        """Return outputs for made-up examples: see `peerturb.zo.coverage.Trial`."""
+        ...
+
 
 class Runner:
-    """A model, the tensors a run trains, and the objective.
+    """A causal language model, the tensors a run trains, and the objective (`Evaluator` of token sequences).
 
     Args:
         manifest: what is trained; the tensors are looked up in `model` once.
@@ -34,6 +74,14 @@ class Runner:
         self.head: Tensor | None = None if head is None else head.weight
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self.trial: Trial = text_trial(model)
+
+    def size(self, item: TokenSequence) -> Size:
+        """See `Evaluator`."""
+        tokens = len(item.tokens)
+        scored = tokens - item.start + 1
+        return Size(rows=self.objective.per_example, tokens=tokens, outputs=scored * self._vocabulary)
 
     def losses(self, sequences: Sequence[TokenSequence], perturbation: Perturbation | None = None) -> Tensor:
         """Return losses: [examples], or [probes, 2, examples per probe] under a perturbation.

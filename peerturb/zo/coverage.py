@@ -20,6 +20,7 @@ from peerturb.zo.perturbed import PerturbedForward
 PROBES = 3
 EXAMPLES = 2
 TOKENS = 5
+EXAMPLES_MAX = PROBES * EXAMPLES
 """Layout of the trial: small numbers, all different, so that a mixed-up layout cannot pass."""
 
 TRIAL_EPSILON = 2.0**-6
@@ -89,71 +90,89 @@ class Replaced(TorchFunctionMode):
         return tensor + z * (self._step * 2.0**entry.exponent)
 
 
-@torch.inference_mode()
+Trial = Callable[[Tensor], Tensor]
+"""A forward over made-up examples: their numbers, int64[n] below `EXAMPLES_MAX` on the CPU, to outputs [n, ...]."""
+
+Parameters = Sequence[tuple[Parameter, Tensor]]
+"""What is trained: manifest entries and the model's tensors."""
+
+
 def check_coverage(model: Any, manifest: Manifest, family: str = "rank1") -> None:
+    """Refuse a causal language model that the engine cannot perturb wholly: see `check_trial`."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    check_trial(text_trial(model), [(entry, named[entry.name]) for entry in manifest], family)
+
+
+def text_trial(model: Any) -> Trial:
+    """Return the trial of a causal language model: its logits over texts of `TOKENS` tokens."""
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    device = next(model.parameters()).device
+    ids = (torch.arange(EXAMPLES_MAX * TOKENS, device=device).view(EXAMPLES_MAX, TOKENS) * 7 + 3) % vocabulary
+
+    def forward(numbers: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids[numbers.to(device)], use_cache=False).logits
+        return logits
+
+    return forward
+
+
+@torch.inference_mode()
+def check_trial(trial: Trial, parameters: Parameters, family: str) -> None:
     """Refuse a model that the engine cannot perturb wholly.
 
     Raises:
         ModelError: names the first parameter that is unused, used in an unknown way or perturbed wrongly.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    parameters = [(entry, named[entry.name]) for entry in manifest]
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    device = next(model.parameters()).device
-    ids = (torch.arange(PROBES * EXAMPLES * TOKENS, device=device).view(PROBES, EXAMPLES, TOKENS) * 7 + 3) % vocabulary
+    manifest = [entry for entry, _ in parameters]
     # Twice: a tensor that the model derives once and keeps would miss the second forward.
     for _ in range(2):
         signs = TrialSigns(manifest, PROBES)
-        result, used = _perturbed(model, parameters, signs, family, ids)
+        result, used = _perturbed(trial, parameters, signs, family)
     unused = [entry.name for entry in manifest if entry.name not in used]
     if unused:
         raise ModelError(
             f"the model never uses the parameter {unused[0]}"
-            f"{f' (nor {len(unused) - 1} more)' if len(unused) > 1 else ''} in a forward over text, so it cannot be "
+            f"{f' (nor {len(unused) - 1} more)' if len(unused) > 1 else ''} in a forward, so it cannot be "
             f'trained. Keep it frozen: add "{unused[0]}" (or a pattern that covers it) to model.exclude'
         )
-    if not _agrees(model, parameters, signs, ids, result):
-        raise _culprit(model, manifest, parameters, family, ids)
+    if not _agrees(trial, parameters, signs, result):
+        raise _culprit(trial, parameters, family)
 
 
-def _perturbed(
-    model: Any, parameters: Sequence[tuple[Parameter, Tensor]], signs: TrialSigns, family: str, ids: Tensor
-) -> tuple[Tensor, set[str]]:
-    dtype = parameters[0][1].dtype
-    perturbation = FAMILIES[family](signs, probes=PROBES, epsilon=TRIAL_EPSILON, dtype=dtype, device=ids.device)
-    both = ids.repeat_interleave(2, dim=0).flatten(0, 1)
+def _perturbed(trial: Trial, parameters: Parameters, signs: TrialSigns, family: str) -> tuple[Tensor, set[str]]:
+    first = parameters[0][1]
+    perturbation = FAMILIES[family](signs, probes=PROBES, epsilon=TRIAL_EPSILON, dtype=first.dtype, device=first.device)
+    both = torch.arange(EXAMPLES_MAX).view(PROBES, 1, EXAMPLES).expand(-1, 2, -1).flatten()
     with PerturbedForward(parameters, perturbation, rows=len(both)) as mode:
-        logits: Tensor = model(input_ids=both, use_cache=False).logits
-    return logits.float() if dtype == torch.bfloat16 else logits, mode.used
+        result = trial(both)
+    return result.float() if result.dtype == torch.bfloat16 else result, mode.used
 
 
-def _agrees(
-    model: Any, parameters: Sequence[tuple[Parameter, Tensor]], signs: TrialSigns, ids: Tensor, result: Tensor
-) -> bool:
-    """Compare with weights replaced, relative to how far the perturbation moves the logits."""
-    plain = torch.stack([model(input_ids=part, use_cache=False).logits for part in ids]).to(result.dtype)
+def _agrees(trial: Trial, parameters: Parameters, signs: TrialSigns, result: Tensor) -> bool:
+    """Compare with weights replaced, relative to how far the perturbation moves the result."""
+    numbers = torch.arange(EXAMPLES_MAX).view(PROBES, EXAMPLES)
+    plain = torch.stack([trial(part) for part in numbers]).to(result.dtype)
     sides = result.view(PROBES * 2, *plain.shape[1:])
     difference = effect = 0.0
     for side in range(2 * PROBES):
         probe, step = side // 2, TRIAL_EPSILON if side % 2 == 0 else -TRIAL_EPSILON
         with Replaced(parameters, signs, probe, step):
-            truth = model(input_ids=ids[probe], use_cache=False).logits.to(result.dtype)
+            truth = trial(numbers[probe]).to(result.dtype)
         difference += float((sides[side] - truth).square().sum())
         effect += float((truth - plain[probe]).square().sum())
     tolerance = TOLERANCE[parameters[0][1].dtype]
-    # What rounding alone may do, for parameters that hardly move the logits.
+    # What rounding alone may do, for parameters that hardly move the result.
     floor = float(plain.square().sum()) * 2 * float(torch.finfo(parameters[0][1].dtype).eps) ** 2 * 64
     return bool(difference <= tolerance**2 * effect + floor)
 
 
-def _culprit(
-    model: Any, manifest: Manifest, parameters: Sequence[tuple[Parameter, Tensor]], family: str, ids: Tensor
-) -> ModelError:
+def _culprit(trial: Trial, parameters: Parameters, family: str) -> ModelError:
     """Find the first parameter whose own perturbation comes out wrong."""
+    manifest = [entry for entry, _ in parameters]
     for entry in manifest:
         signs = TrialSigns(manifest, PROBES, only=entry.name)
-        result, _ = _perturbed(model, parameters, signs, family, ids)
-        if not _agrees(model, parameters, signs, ids, result):
+        result, _ = _perturbed(trial, parameters, signs, family)
+        if not _agrees(trial, parameters, signs, result):
             return ModelError(
                 f"the parameter {entry.name} cannot be perturbed: the model uses it in a way the engine does not "
                 f'follow (a trial forward came out wrong). Keep it frozen: add "{entry.name}" to model.exclude'

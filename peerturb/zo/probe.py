@@ -4,9 +4,9 @@ Samples are measured in micro-batches; the caller's `should_stop` is asked betwe
 time is over. Knows the RunSpec and the node's data, but no clock and no network.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,21 +15,22 @@ from torch import Tensor
 
 from peerturb.codec import encode, rounding_noise
 from peerturb.ids import RoundNumber, Slot
-from peerturb.manifest import Manifest, Parameter
+from peerturb.manifest import Parameter
 from peerturb.rng import SIDE_LEFT, SIDE_RIGHT, stream_of
 from peerturb.spec import RunSpec
-from peerturb.zo.batch import Runner
-from peerturb.zo.coverage import check_coverage
+from peerturb.zo.batch import Evaluator
+from peerturb.zo.coverage import check_trial
 from peerturb.zo.data import Draw
 from peerturb.zo.directions import Directions, Probes, Span, SpanTable
-from peerturb.zo.objective import Objective, TokenSequence
 from peerturb.zo.perturbation import FAMILIES, Side, Signs
+
+Item = TypeVar("Item")
 
 FORWARD_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Tokens in one forward by device type: enough to feed the cores, few enough for activations to stay in cache."""
 
-LOGIT_BYTES_MAX = {"cpu": 2**26, "cuda": 2**30}
-"""Logits of one forward; they are the largest activation of a small model with a large vocabulary."""
+OUTPUT_BYTES_MAX = {"cpu": 2**26, "cuda": 2**30}
+"""Largest output of one forward: the logits of a small model with a large vocabulary outweigh its activations."""
 
 SIGN_BYTES_MAX = 2**27
 """Up to here all factors of a micro-batch are made in one pass, which is several times faster than one by one."""
@@ -71,7 +72,7 @@ class ProbeResult:
 class FactorTable:
     """Where each parameter's factors lie when all of them are made at once."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Sequence[Parameter]) -> None:
         spans, keys = [], []
         for entry in manifest:
             matrices, rows, columns = entry.stacked
@@ -113,37 +114,29 @@ class FactorSigns:
         raise NotImplementedError
 
 
-class ProbeEngine:
-    """A model, a node's private sequences and the rules of a run.
+class ProbeEngine(Generic[Item]):
+    """A model with its objective, a node's private examples and the rules of a run.
 
     Args:
-        model: as `load_model` returns it; its weights are read, never written.
-        sequences: the node's data, as `Objective.load` returns it.
-        rows_max: most rows in one forward; by default chosen from device, sequence length and vocabulary.
+        evaluator: a `peerturb.zo.batch.Runner`, or what else gives losses; weights are read, never written.
+        items: the node's examples, as the evaluator takes them (for a `Runner` what `Objective.load` returns).
+        rows_max: most rows in one forward; by default chosen from device, length of examples and size of outputs.
 
     Raises:
         ModelError: the engine cannot perturb some parameter; see `peerturb.zo.coverage`.
-        DataError: fewer sequences than one probe needs.
+        DataError: fewer examples than one probe needs.
     """
 
     def __init__(
-        self,
-        model: Any,
-        manifest: Manifest,
-        spec: RunSpec,
-        objective: Objective,
-        sequences: list[TokenSequence],
-        *,
-        rows_max: int | None = None,
+        self, evaluator: Evaluator[Item], spec: RunSpec, items: Sequence[Item], *, rows_max: int | None = None
     ) -> None:
-        check_coverage(model, manifest, spec.perturbation.family)
+        check_trial(evaluator.trial, evaluator.parameters, spec.perturbation.family)
         self.spec = spec
-        self.manifest = manifest
-        self.sequences = sequences
-        self.runner = Runner(model, manifest, objective)
+        self.evaluator = evaluator
+        self.items = items
         self.rows_max = rows_max
-        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
-        self._factors = FactorTable(manifest)
+        self._sizes = [evaluator.size(item) for item in items]
+        self._factors = FactorTable([entry for entry, _ in evaluator.parameters])
         self._draw: tuple[Slot, Draw] | None = None
         self._draw_for(Slot(0))
 
@@ -196,13 +189,13 @@ class ProbeEngine:
             losses = self._losses(round_number, slot, samples, drawn)
             plus[samples], minus[samples] = losses[:, 0], losses[:, 1]
             is_done[samples] = True
-            tokens += 2 * sum(len(sequence.tokens) for sample in samples for sequence in drawn[sample])
+            tokens += 2 * sum(self._sizes[index].tokens for index in drawn[samples].flatten().tolist())
         # Samples of a window are measured by length: keep the ones before the first that is missing.
         done = count if is_done.all() else int(np.argmin(is_done))
         return Measurement(plus=plus[:done], minus=minus[:done], tokens=tokens)
 
     def _losses(
-        self, round_number: RoundNumber, slot: Slot, samples: NDArray[np.int64], drawn: list[list[TokenSequence]]
+        self, round_number: RoundNumber, slot: Slot, samples: NDArray[np.int64], drawn: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         """Return [samples, 2] mean losses. Where memory runs out the micro-batch is halved, for good."""
         try:
@@ -210,54 +203,55 @@ class ProbeEngine:
         except (torch.OutOfMemoryError, MemoryError):
             if len(samples) == 1:
                 raise
-        if self.runner.device.type == "cuda":
+        if self.evaluator.device.type == "cuda":
             torch.cuda.empty_cache()
         half = len(samples) // 2
-        rows_per_sample = 2 * self.spec.objective.examples_per_probe * self.runner.objective.per_example
-        self.rows_max = max(1, half * rows_per_sample)
+        self.rows_max = max(1, half * self._rows(drawn[samples]))
         return np.concatenate(
             [self._losses(round_number, slot, part, drawn) for part in (samples[:half], samples[half:])]
         )
 
     def _forward(
-        self, round_number: RoundNumber, slot: Slot, samples: NDArray[np.int64], drawn: list[list[TokenSequence]]
+        self, round_number: RoundNumber, slot: Slot, samples: NDArray[np.int64], drawn: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        runner = self.runner
+        evaluator = self.evaluator
         probes = Probes.of(run_key=self.spec.run_key, round=round_number, slots=slot, samples=samples)
         perturbation = FAMILIES[self.spec.perturbation.family](
             self._signs(probes),
             probes=len(samples),
             epsilon=self.spec.perturbation.epsilon,
-            dtype=runner.dtype,
-            device=runner.device,
+            dtype=evaluator.dtype,
+            device=evaluator.device,
         )
-        sums = np.zeros((len(samples), 2))
+        sums: NDArray[np.float64] = np.zeros((len(samples), 2))
+        chosen = drawn[samples]
         per_probe = self.spec.objective.examples_per_probe
-        step = max(1, self._rows_limit(drawn[samples[0]]) // (2 * runner.objective.per_example * len(samples)))
+        step = max(1, self._rows_limit(chosen) * per_probe // (len(samples) * self._rows(chosen)))
         for begin in range(0, per_probe, step):  # more than one pass only where one probe's examples fill a forward
-            part = [sequence for sample in samples for sequence in drawn[sample][begin : begin + step]]
-            sums += runner.losses(part, perturbation).sum(2).cpu().numpy()
+            part = [self.items[index] for index in chosen[:, begin : begin + step].flatten().tolist()]
+            sums += evaluator.losses(part, perturbation).sum(2).cpu().numpy()
         return sums / per_probe
 
     def _signs(self, probes: Probes) -> Signs:
         """Return the signs of a micro-batch, made in one pass where they fit."""
-        device = self.runner.device
+        device = self.evaluator.device
         if self.spec.perturbation.family == "rank1" and self._factors.table.width * len(probes) <= SIGN_BYTES_MAX:
             return FactorSigns(self._factors, probes, device)
         return Directions(probes, device)
 
-    def micro_batches(self, drawn: list[list[TokenSequence]]) -> Iterator[NDArray[np.int64]]:
+    def micro_batches(self, drawn: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Yield groups of samples, of similar length, such that a group's rows fit one forward."""
-        lengths = np.array([max(len(sequence.tokens) for sequence in sequences) for sequences in drawn])
-        rows_per_sample = 2 * self.spec.objective.examples_per_probe * self.runner.objective.per_example
-        longest = max(drawn[int(lengths.argmax())], key=lambda sequence: len(sequence.tokens))
-        typical = max(1, self._rows_limit([longest]) // rows_per_sample)
+        tokens = np.array([size.tokens for size in self._sizes], np.int64)
+        lengths = tokens[drawn].max(1)
+        longest = drawn[int(lengths.argmax())][None, :]
+        typical = max(1, self._rows_limit(longest) // self._rows(longest))
         window = len(drawn) if self.spec.round.budget_ms == 0 else WINDOW * typical
         for begin in range(0, len(drawn), window):
             order = begin + np.argsort(-lengths[begin : begin + window], kind="stable")
             groups: list[NDArray[np.int64]] = []
             while order.size:
-                size = max(1, self._rows_limit(drawn[order[0]]) // rows_per_sample)
+                first = drawn[order[:1]]
+                size = max(1, self._rows_limit(first) // self._rows(first))
                 pieces = -(-order.size // size)
                 size = -(-order.size // pieces)  # the last group as large as the others
                 groups.append(order[:size])
@@ -265,27 +259,31 @@ class ProbeEngine:
             # Only what reaches from sample 0 on without a gap counts: the group with the lowest sample comes first.
             yield from sorted(groups, key=lambda group: int(group.min()))
 
-    def _rows_limit(self, sequences: list[TokenSequence]) -> int:
-        """Rows of sequences as long as the longest of these that fit one forward."""
+    def _rows(self, drawn: NDArray[np.int64]) -> int:
+        """Rows of the largest of these samples, both sides."""
+        samples: list[list[int]] = drawn.tolist()
+        return 2 * max(sum(self._sizes[index].rows for index in sample) for sample in samples)
+
+    def _rows_limit(self, drawn: NDArray[np.int64]) -> int:
+        """Rows of examples as long as the longest of these that fit one forward."""
         if self.rows_max is not None:
             return self.rows_max
-        kind = "cuda" if self.runner.device.type == "cuda" else "cpu"
-        longest = max(len(sequence.tokens) for sequence in sequences)
-        scored = max(len(sequence.tokens) - sequence.start for sequence in sequences) + 1
-        logits = scored * self._vocabulary * 4
-        return max(1, min(FORWARD_TOKENS[kind] // longest, LOGIT_BYTES_MAX[kind] // logits))
+        kind = "cuda" if self.evaluator.device.type == "cuda" else "cpu"
+        sizes = [self._sizes[index] for index in drawn.flatten().tolist()]
+        tokens, outputs = max(size.tokens for size in sizes), max(size.outputs for size in sizes)
+        return max(1, min(FORWARD_TOKENS[kind] // tokens, OUTPUT_BYTES_MAX[kind] // (4 * outputs)))
 
-    def drawn(self, round_number: RoundNumber, slot: Slot, count: int) -> list[list[TokenSequence]]:
-        """Return the sequences of samples 0..count-1 of a round."""
+    def drawn(self, round_number: RoundNumber, slot: Slot, count: int) -> NDArray[np.int64]:
+        """Return the examples of samples 0..count-1 of a round, by number: [count, examples per probe]."""
         draw = self._draw_for(slot)
-        return [[self.sequences[index] for index in draw.indices(int(round_number), sample)] for sample in range(count)]
+        return np.array([draw.indices(int(round_number), sample) for sample in range(count)], np.int64)
 
     def _draw_for(self, slot: Slot) -> Draw:
         if self._draw is None or self._draw[0] != slot:
             draw = Draw(
                 run_key=self.spec.run_key,
                 slot=slot,
-                total=len(self.sequences),
+                total=len(self.items),
                 per_probe=self.spec.objective.examples_per_probe,
                 probes_max=self.spec.round.probes_max,
             )

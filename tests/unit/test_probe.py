@@ -12,7 +12,7 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.zo.batch import Runner
 from peerturb.zo.data import Example
 from peerturb.zo.directions import Directions, Probes
-from peerturb.zo.objective import Objective
+from peerturb.zo.objective import Objective, TokenSequence
 from peerturb.zo.probe import ProbeEngine
 from tests.zo_models import byte_tokenizer, manifest_of, one_thread, small_model, spec_of
 
@@ -25,7 +25,7 @@ ROUND, SLOT = RoundNumber(4), Slot(2)
 
 def engine_of(
     name: str = "llama-tied", *, dtype: torch.dtype = torch.float32, rows_max: int | None = None, **fields: Any
-) -> ProbeEngine:
+) -> ProbeEngine[TokenSequence]:
     spec = spec_of(**fields)
     model = small_model(name)
     manifest = manifest_of(model)
@@ -33,16 +33,21 @@ def engine_of(
     objective = Objective(spec.objective, byte_tokenizer())
     label = "y" if spec.objective.labels else ""
     sequences = objective.encode([Example(prompt=text, label=label, where="x") for text in TEXTS], source="x")
-    return ProbeEngine(model, manifest, spec, objective, sequences, rows_max=rows_max)
+    return ProbeEngine(Runner(model, manifest, objective), spec, sequences, rows_max=rows_max)
+
+
+def model_of(engine: ProbeEngine[TokenSequence]) -> Any:
+    assert isinstance(engine.evaluator, Runner)
+    return engine.evaluator.model
 
 
 @torch.inference_mode()
-def losses_with_written_out_weights(engine: ProbeEngine, sample: int, step: float) -> float:
+def losses_with_written_out_weights(engine: ProbeEngine[TokenSequence], sample: int, step: float) -> float:
     """One side of one probe the slow way: copy the model, change its weights, run each sequence."""
-    drawn = engine.drawn(ROUND, SLOT, engine.spec.round.probes_max)[sample]
+    drawn = [engine.items[index] for index in engine.drawn(ROUND, SLOT, engine.spec.round.probes_max)[sample]]
     signs = Directions(Probes.of(run_key=engine.spec.run_key, round=ROUND, slots=SLOT, samples=[sample]))
-    kept = [tensor.clone() for _, tensor in engine.runner.parameters]
-    for entry, tensor in engine.runner.parameters:
+    kept = [tensor.clone() for _, tensor in engine.evaluator.parameters]
+    for entry, tensor in engine.evaluator.parameters:
         if entry.kind == "vector":
             z = signs.left(entry)[0].view(entry.shape)
         elif engine.spec.perturbation.family == "dense":
@@ -50,9 +55,8 @@ def losses_with_written_out_weights(engine: ProbeEngine, sample: int, step: floa
         else:
             z = signs.left(entry)[0][:, None] * signs.right(entry)[0][None, :]
         tensor.add_(step * z.to(tensor.dtype))
-    runner = Runner(engine.runner.model, engine.manifest, engine.runner.objective)
-    loss = float(runner.losses(drawn).mean())
-    for (_, tensor), value in zip(engine.runner.parameters, kept, strict=True):
+    loss = float(engine.evaluator.losses(drawn).mean())
+    for (_, tensor), value in zip(engine.evaluator.parameters, kept, strict=True):
         tensor.copy_(value)
     return loss
 
@@ -73,9 +77,9 @@ def test_losses_are_those_of_the_runs_perturbations(name: str, family: str, obje
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_probes_leave_the_weights_alone_bit_for_bit(dtype: torch.dtype, family: str) -> None:
     engine = engine_of(dtype=dtype, family=family)
-    before = {name: value.clone() for name, value in engine.runner.model.named_parameters()}
+    before = {name: value.clone() for name, value in model_of(engine).named_parameters()}
     engine.contribute(ROUND, slot=SLOT, scale=0.05)
-    for name, value in engine.runner.model.named_parameters():
+    for name, value in model_of(engine).named_parameters():
         assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)), name
 
 
@@ -122,16 +126,16 @@ def test_projected_gradients_follow_the_true_gradient() -> None:
     measured = engine.measure(ROUND, slot=SLOT)
     found = engine.projected_gradients(measured)
     drawn = engine.drawn(ROUND, SLOT, 6)
-    model = engine.runner.model
+    model = model_of(engine)
     for sample in range(6):
         model.requires_grad_(True)
-        tokens = torch.from_numpy(drawn[sample][0].tokens.astype(np.int64))[None]
+        tokens = torch.from_numpy(engine.items[drawn[sample, 0]].tokens.astype(np.int64))[None]
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).backward()
         model.requires_grad_(False)
         signs = Directions(Probes.of(run_key=engine.spec.run_key, round=ROUND, slots=SLOT, samples=[sample]))
         truth = 0.0
-        for entry, tensor in engine.runner.parameters:
+        for entry, tensor in engine.evaluator.parameters:
             assert tensor.grad is not None
             left = signs.left(entry)[0].double()
             z = left.view(entry.shape) if entry.kind == "vector" else torch.outer(left, signs.right(entry)[0].double())
@@ -165,7 +169,7 @@ def test_at_least_one_sample_is_measured_under_a_time_budget() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_model_sends_void_codes(value: float) -> None:
     engine = engine_of()
-    engine.runner.model.model.norm.weight.data.fill_(value)
+    model_of(engine).model.norm.weight.data.fill_(value)
     result = engine.contribute(ROUND, slot=SLOT, scale=0.05)
     assert (result.codes == VOID).all()
     assert np.isnan(result.loss)

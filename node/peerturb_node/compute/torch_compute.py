@@ -11,6 +11,7 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.protocol.outputs import Measure
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
+from peerturb.zo.batch import Runner
 from peerturb.zo.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from peerturb.zo.digest import run_digest
 from peerturb.zo.evaluate import evaluate
@@ -57,9 +58,8 @@ class TorchCompute:
             local_objective(spec.objective, settings), self._tokenizer, positions_max=positions_max(self._model)
         )
         sequences = objective.load(settings.data.expanduser())
-        self._engine = ProbeEngine(
-            self._model, self.manifest, spec, objective, sequences, rows_max=settings.rows or None
-        )
+        self._runner = Runner(self._model, self.manifest, objective)
+        self._engine = ProbeEngine(self._runner, spec, sequences, rows_max=settings.rows or None)
         self._held_out = objective.load(settings.eval.expanduser()) if settings.eval is not None else []
         self.has_held_out = bool(self._held_out)
 
@@ -101,7 +101,7 @@ class TorchCompute:
         """Return loss (and accuracy) on the held-out sequences."""
         if not self._held_out:
             return None
-        result = evaluate(self._engine.runner, self._held_out, should_stop=is_cancelled)
+        result = evaluate(self._runner, self._held_out, should_stop=is_cancelled)
         if result is None:
             return None
         return HeldOut(loss=result.loss, accuracy=result.accuracy, examples=result.examples)

@@ -95,6 +95,7 @@ class Replica:
         return manifest, ok("engine", f"all {len(manifest)} trainable tensors ({total:,} parameters) can be perturbed")
 
     def _data(self, model: Any, tokenizer: Any, manifest: Manifest) -> tuple[Any, Check]:
+        from peerturb.zo.batch import Runner
         from peerturb.zo.model import positions_max
         from peerturb.zo.objective import Objective
         from peerturb.zo.probe import ProbeEngine
@@ -108,7 +109,8 @@ class Replica:
                 local_objective(self.spec.objective, settings), tokenizer, positions_max=positions_max(model)
             )
             sequences = objective.load(settings.data.expanduser())
-            engine = ProbeEngine(model, manifest, self.spec, objective, sequences, rows_max=settings.rows or None)
+            runner = Runner(model, manifest, objective)
+            engine = ProbeEngine(runner, self.spec, sequences, rows_max=settings.rows or None)
         except DataError as error:
             return None, fail("data", str(error), "correct the file, or fit it with --fields or --template")
         except ModelError as error:
