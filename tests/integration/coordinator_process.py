@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from peerturb.wire.v1.coordinator_pb2_grpc import CoordinatorAsyncStub
 
 BASE_DIGEST = "ab" * 32
+FIRST_DIGEST = 0xABABABAB
+"""Short digest that follows from it; what a light peer says of its weights, in every round."""
 PATIENCE_S = 20.0
 """After this a test has failed; nothing normally takes a second."""
 
@@ -205,7 +207,7 @@ class LightPeer:
 
     async def contribute(self, codes: bytes = b"\x01\x02\xff", **changed: Any) -> None:
         """Send codes for the open round."""
-        fields: dict[str, Any] = {"round": self.round, "codes": codes, "loss": 1.0, "digest": 7}
+        fields: dict[str, Any] = {"round": self.round, "codes": codes, "loss": 1.0, "digest": FIRST_DIGEST}
         await self.call.write(pb.FromPeer(**fields | changed))
 
     async def take_part(self, rounds: int, codes: bytes = b"\x01\x02\xff") -> None:
