@@ -33,6 +33,8 @@ SIGN_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 is multiplied, and small enough that all cores find work in a small model."""
 TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements of one integer sum: on a CPU what stays in the second-level cache until it is subtracted."""
+PIECES_PER_THREAD = 4
+"""Groups for each thread of a CPU: with fewer, threads wait for the last one."""
 SUM_ELEMENTS = 1 << 24
 """Elements of all sums that must be kept when a chunk takes several passes: 64 MiB."""
 DENSE_PROBES = {"cpu": 64, "cuda": 64}
@@ -146,7 +148,8 @@ def _apply_chunk(
         for tile, total in _rank1_sums(group, probes, factors, device):
             subtract(flats[tile.parameter.index], tile.first, total, tile.parameter, probes, alpha, chunk)
 
-    groups = _plan(manifest, vectors_only, device.type, min(len(probes), PROBES_PER_PASS))
+    pieces = PIECES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else 1
+    groups = _plan(manifest, vectors_only, device.type, min(len(probes), PROBES_PER_PASS), pieces)
     in_parallel(apply_group, groups)
     if family == "dense":
 
@@ -213,17 +216,22 @@ def _dense_sums(
 
 
 @lru_cache(maxsize=64)
-def _plan(manifest: Manifest, vectors_only: bool, device_type: str, probes: int) -> tuple[_Group, ...]:
-    """Cut the manifest into tiles, and the tiles into groups whose signs and sums stay within their limits."""
+def _plan(manifest: Manifest, vectors_only: bool, device_type: str, probes: int, pieces: int) -> tuple[_Group, ...]:
+    """Cut the manifest into tiles, and the tiles into groups whose signs and sums stay within their limits.
+
+    There are at least about `pieces` groups, if there are so many tiles.
+    """
     device = "cpu" if device_type == "cpu" else "cuda"
     columns_max = max(SIGN_BYTES[device] // probes, 1)
+    tiles = list(_tiles(manifest, vectors_only, TILE_ELEMENTS[device]))
+    size_max = min(SUM_ELEMENTS, -(-sum(tile.elements for tile in tiles) // pieces))
     groups: list[list[_Tile]] = []
     width = size = 0
     previous: _Tile | None = None
-    for tile in _tiles(manifest, vectors_only, TILE_ELEMENTS[device]):
+    for tile in tiles:
         is_same = previous is not None and (previous.parameter, previous.matrix) == (tile.parameter, tile.matrix)
         tile_width = tile.stop - tile.start + (0 if is_same else tile.parameter.stacked[2])
-        if not groups or width + tile_width > columns_max or size + tile.elements > SUM_ELEMENTS:
+        if not groups or width + tile_width > columns_max or size + tile.elements > size_max:
             groups.append([])
             width = size = 0
         groups[-1].append(tile)
