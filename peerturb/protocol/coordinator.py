@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import assert_never
 
 from peerturb.errors import RejectCode
-from peerturb.ids import Position, RoundNumber, Slot
+from peerturb.ids import Position, RoundNumber, Slot, short_hex
 from peerturb.protocol import admission
 from peerturb.protocol.contributions import Contributions
 from peerturb.protocol.floats import f32
@@ -349,8 +349,8 @@ class CoordinatorMachine:
 
     def _digest_mismatch(self, session: SessionId, contribution: Contribution, sealed: RoundSealed) -> Reject:
         why = (
-            f"round {sealed.round} was measured on weights {sealed.digest:08x} "
-            f"({len(sealed.slots)} of {len(self._pending.of_slot)} peers), by you on {contribution.digest:08x}: "
+            f"round {sealed.round} was measured on weights {short_hex(sealed.digest)} "
+            f"({len(sealed.slots)} of {len(self._pending.of_slot)} peers), by you on {short_hex(contribution.digest)}: "
             "rebuild from the log"
         )
         return Reject(session=session, code=RejectCode.DIGEST_MISMATCH, why=why, closes=False)

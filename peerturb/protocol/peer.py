@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from peerturb.errors import RejectCode
-from peerturb.ids import PeerKey, RoundNumber, Slot
+from peerturb.ids import PeerKey, RoundNumber, Slot, short_hex
 from peerturb.protocol.backoff import HANDSHAKE_MS_MAX, is_worth_retrying, wait_ms
 from peerturb.protocol.floats import f32
 from peerturb.protocol.ledger import Ledger
@@ -376,10 +376,13 @@ class PeerMachine:
         )
         first = self.spec.first_digest
         if result.rounds == 0 and first is not None and result.digest != first:
-            why = f"the base weights are {result.digest:08x} after a rebuild, the RunSpec's {first:08x}: faulty memory?"
+            ours, wanted = short_hex(result.digest), short_hex(first)
+            why = f"the base weights are {ours} after a rebuild, the RunSpec's {wanted}: faulty memory?"
             return self._stop(RejectCode.DIGEST_MISMATCH, why)
         self._replica.rebuilt(result)
         self._measuring.rebuilt(result.digest)
         return [
-            Notice(code="rebuilt", text=f"weights rebuilt from the log: {result.rounds} rounds, {result.digest:08x}")
+            Notice(
+                code="rebuilt", text=f"weights rebuilt from the log: {result.rounds} rounds, {short_hex(result.digest)}"
+            )
         ]

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from peerturb.errors import LogError
+from peerturb.ids import short_hex
 from peerturb.manifest import Manifest
 from peerturb.spec import RunSpec
 from peerturb.zo.digest import run_digest, short_digest
@@ -114,8 +115,8 @@ class _Agreement:
                 else f"they part between rounds {self._since} and {sealed.round}"
             )
             self.dispute = (
-                f"the weights before round {sealed.round} are {digest:08x}, the log was made with "
-                f"{sealed.digest:08x}: {where}"
+                f"the weights before round {sealed.round} are {short_hex(digest)}, the log was made with "
+                f"{short_hex(sealed.digest)}: {where}"
             )
         if sealed.round == 0:
             self.settle()
