@@ -94,7 +94,7 @@ class RoundSpec(Section):
         return self
 
 
-def _fields(template: str) -> list[str]:
+def template_fields(template: str) -> list[str]:
     """Return the fields that a template names; a node's own templates are read by the same rule (`peerturb.zo.data`).
 
     Raises:
@@ -149,7 +149,7 @@ class ObjectiveSpec(Section):
             templates["completion"] = self.completion
         for name, template in templates.items():
             try:
-                fields = _fields(template)
+                fields = template_fields(template)
             except ValueError as error:
                 raise ValueError(f"`{name}` {template!r:.80} is wrong: {error}") from None
             if not fields:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peerturb.errors import DataError
-from peerturb.spec import ObjectiveSpec
+from peerturb.spec import ObjectiveSpec, template_fields
 
 FAULTS_SHOWN_MAX = 10
 """Bad lines listed in one error."""
@@ -117,26 +117,16 @@ def _fill(fields: dict[str, Any], objective: ObjectiveSpec, where: str) -> Examp
     return Example(prompt=prompt, where=where)
 
 
-def template_fields(template: str) -> list[str]:
+def _fields(template: str) -> list[str]:
     """Return the fields a template names.
 
     Raises:
         DataError: unbalanced braces, or anything but a plain name between them.
     """
     try:
-        parts = list(string.Formatter().parse(template))
+        return template_fields(template)
     except ValueError as error:
-        raise DataError(f"the template {template!r} is wrong: {error}; write {{{{ and }}}} for braces") from error
-    fields = []
-    for _, field, form, conversion in parts:
-        if field is None:
-            continue
-        if not field or form or conversion or any(mark in field for mark in ".[]"):
-            raise DataError(
-                f"the template {template!r} is wrong: only plain names such as {{text}} may stand in braces"
-            )
-        fields.append(field)
-    return fields
+        raise DataError(f"the template {template!r} is wrong: {error}") from error
 
 
 def render(template: str, fields: dict[str, Any]) -> str:
@@ -167,9 +157,9 @@ def _text(fields: dict[str, Any], name: str) -> str:
 
 
 def _check_templates(objective: ObjectiveSpec) -> None:
-    fields = template_fields(objective.template)
+    fields = _fields(objective.template)
     if objective.kind == "completion":
-        fields += template_fields(objective.completion)
+        fields += _fields(objective.completion)
     if not fields:
         raise DataError(f"the template {objective.template!r} names no field; write for instance {{text}}")
 
