@@ -13,6 +13,9 @@ from torch import Tensor
 
 from peerturb.manifest import Parameter
 
+TABLE_BYTES_MAX = 2**23
+"""Up to here a micro-batch's factors are converted and multiplied by epsilon all at once."""
+
 Side = Literal["left", "right"]
 
 
@@ -102,10 +105,14 @@ class RankOne(Perturbation):
 
     def __init__(self, signs: Signs, *, probes: int, epsilon: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device)
-        self._table = signs if isinstance(signs, SignTable) else None
-        if self._table is not None:  # two operations for all parameters instead of two for each
-            self._factors = self._table.factors().to(device, dtype)
-            self._stepped = self._with_steps(self._factors, self._steps)
+        self._table: SignTable | None = None
+        if isinstance(signs, SignTable):
+            factors = signs.factors()
+            if 3 * factors.numel() * dtype.itemsize <= TABLE_BYTES_MAX:
+                # Two operations for all parameters instead of two for each: small models would feel those.
+                self._table = signs
+                self._factors = factors.to(device, dtype)
+                self._stepped = self._with_steps(self._factors, self._steps)
 
     def _with_steps(self, factors: Tensor, steps: Tensor) -> Tensor:
         """Return +epsilon and -epsilon times the factors: [2 * probes, 1, n]."""

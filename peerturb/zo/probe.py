@@ -18,6 +18,7 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Parameter
 from peerturb.rng import SIDE_LEFT, SIDE_RIGHT, stream_of
 from peerturb.spec import RunSpec
+from peerturb.zo import fast
 from peerturb.zo.batch import Evaluator
 from peerturb.zo.coverage import check_trial
 from peerturb.zo.data import Draw
@@ -32,8 +33,9 @@ FORWARD_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 OUTPUT_BYTES_MAX = {"cpu": 2**26, "cuda": 2**30}
 """Largest output of one forward: the logits of a small model with a large vocabulary outweigh its activations."""
 
-SIGN_BYTES_MAX = 2**27
-"""Up to here all factors of a micro-batch are made in one pass, which is several times faster than one by one."""
+SIGN_BYTES_MAX = {"compiled": 2**20, "cpu": 2**27, "cuda": 2**27}
+"""Up to here all factors of a micro-batch are made in one pass. Without compiled loops that is several times faster
+than one by one; with them only small models feel it, and large ones keep the memory."""
 
 WINDOW = 4
 """Micro-batches over which samples are sorted by length when a contribution may be cut short."""
@@ -235,7 +237,8 @@ class ProbeEngine(Generic[Item]):
     def _signs(self, probes: Probes) -> Signs:
         """Return the signs of a micro-batch, made in one pass where they fit."""
         device = self.evaluator.device
-        if self.spec.perturbation.family == "rank1" and self._factors.table.width * len(probes) <= SIGN_BYTES_MAX:
+        kind = "cuda" if device.type == "cuda" else "compiled" if fast.compiled() else "cpu"
+        if self.spec.perturbation.family == "rank1" and self._factors.table.width * len(probes) <= SIGN_BYTES_MAX[kind]:
             return FactorSigns(self._factors, probes, device)
         return Directions(probes, device)
 
