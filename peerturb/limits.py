@@ -6,6 +6,8 @@ SLOTS_MAX = 65_536
 SESSIONS_MAX = 1_024
 """Peers connected at once. Each costs the coordinator about 100 KB, so this is 100 MB."""
 
+DISPUTES_MAX = 8
+"""Rounds in a row that the log may state on other weights than exact ones before ours are believed wrong."""
 HALF_OPEN_MAX = 64
 """Streams whose handshake is not complete, beside the sessions; the oldest gives way to a new one. A handshake takes
 two round trips, so an honest peer with 200 ms each is shut out only by more than 160 new streams a second."""

@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,10 @@ class Source:
         if path.exists():
             raise LogError(f"{path} exists; choose another name or remove it")
         partial = path.with_name(path.name + ".partial")
-        partial.unlink(missing_ok=True)
+        try:
+            partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise LogError(f"cannot write {path}: {error.strerror or error}") from error
         try:
             with LogWriter.open(partial) as writer:
                 for payload in self.payloads():
@@ -119,7 +122,8 @@ class Source:
                 count = writer.position
             partial.rename(path)
         finally:
-            partial.unlink(missing_ok=True)  # half a log must not look like a whole one
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)  # half a log must not look like a whole one
         return count
 
     @contextmanager

@@ -42,7 +42,7 @@ def replay_log(
     if spec is None:
         raise LogError(f"{path}: the log is empty: it has no whole record")
     if until is not None and until > len(sealed):
-        raise SpecError(f"--until {until}: {path} has only {len(sealed)} sealed rounds")
+        raise SpecError(f"--until {until}: the log has only {len(sealed)} sealed rounds")
     source = model or spec.model.name
     loaded, tokenizer = load_model(source, spec.model.dtype, device=choose_device(device))
     digest = base_digest(loaded, spec.model.dtype)
@@ -60,7 +60,11 @@ def replay_log(
             if bar is not None and task is not None:
                 bar.update(task, completed=rounds)
 
-        final = replay(sealed, weights, manifest, spec, until_round=until, progress=advance)
+        final = replay(sealed, weights, manifest, spec, until_round=until, progress=advance, doubt=_warn)
     if out is not None:
         export_model(loaded, tokenizer, out.expanduser())
     return {"rounds": total, "digest": final.hex(), "out": None if out is None else str(out)}
+
+
+def _warn(why: str) -> None:
+    print(f"peerturb: {why}; `--until` stops before a round", file=sys.stderr)

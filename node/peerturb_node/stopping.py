@@ -45,7 +45,8 @@ class StopSignals:
 
         A second Ctrl-C does end it, for disks that take minutes.
         """
-        self._held_for, self._is_told = work, False
+        # Somebody who pressed Ctrl-C before has been told to wait: the next one counts.
+        self._held_for = work
         try:
             yield
         finally:
@@ -61,4 +62,5 @@ class StopSignals:
         elif self._held_for or self._node.is_leaving:
             self._end(128 + number)
         else:
+            self._is_told = number is signal.SIGINT
             self._node.leave(f"asked to stop ({number.name})")

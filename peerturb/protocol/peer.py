@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import assert_never
 
+from peerturb import limits
 from peerturb.errors import RejectCode
 from peerturb.ids import PeerKey, RoundNumber, Slot, short_hex
 from peerturb.protocol.backoff import HANDSHAKE_MS_MAX, is_worth_retrying, wait_ms
@@ -38,7 +39,7 @@ from peerturb.protocol.outputs import (
 from peerturb.protocol.peer_status import PeerStatus, Session
 from peerturb.protocol.probing import ProbeBudget
 from peerturb.protocol.records import Record, RoundSealed, RunStarted
-from peerturb.protocol.replica import APPLIES_MAX, DISPUTES_MAX, Replica
+from peerturb.protocol.replica import APPLIES_MAX, Replica
 from peerturb.protocol.results import Applied, EvaluatedResult, Measured, Rebuilt, Result
 from peerturb.spec import PROTOCOL_VERSION, RunSpec
 
@@ -178,8 +179,8 @@ class PeerMachine:
             return self._rebuild()
         if self._replica.is_hopeless:
             why = (
-                f"{self._replica.dispute}, {DISPUTES_MAX} rounds before it were disputed too, after a rebuild from the "
-                "log: faulty memory here, or false digests there"
+                f"{self._replica.dispute}, {limits.DISPUTES_MAX} rounds before it were disputed too, after a rebuild "
+                "from the log: faulty memory here, or false digests there"
             )
             return self._stop(RejectCode.DIGEST_MISMATCH, why)
         if self.ledger.is_finished and (cancelled := self._measuring.cancel()):
@@ -245,6 +246,7 @@ class PeerMachine:
         self._session = Session.WAITING
         self._connect_at_ms = now_ms + wait_ms(self._key, self._attempt)
         self._attempt += 1
+        self._replica.is_live = False  # what was sealed meanwhile is old news
         self._measuring.disconnected()
 
     def _reconnect(self, why: str, now_ms: int) -> list[PeerOutput]:

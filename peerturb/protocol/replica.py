@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 
+from peerturb import limits
 from peerturb.ids import short_hex
 from peerturb.protocol.outputs import Apply, PeerOutput, Rebuild
 from peerturb.protocol.records import RoundSealed
@@ -10,8 +11,6 @@ from peerturb.protocol.results import Applied, Rebuilt
 
 APPLIES_MAX = 32
 """Sealed rounds handed to the shell and not yet applied; more wait as records."""
-DISPUTES_MAX = 8
-"""Rounds in a row that others may seal on other weights than our rebuilt ones before we believe that we are wrong."""
 
 
 class Replica:
@@ -59,7 +58,7 @@ class Replica:
     @property
     def is_hopeless(self) -> bool:
         """Whether the others keep sealing rounds on weights that a rebuild does not give."""
-        return self._disputes > DISPUTES_MAX
+        return self._disputes > limits.DISPUTES_MAX
 
     def sealed(self, record: RoundSealed) -> None:
         """The local log has a further sealed round."""

@@ -66,7 +66,7 @@ def _compiled(*signatures: str) -> Callable[[Function], Function]:
     def compile_(function: Function) -> Function:
         try:
             return cast(Function, numba.njit([*signatures], nogil=True, cache=True)(function))
-        except RuntimeError:  # nowhere to keep a cache: neither beside the sources nor in the user's folder
+        except (RuntimeError, OSError):  # nowhere to keep a cache, or no room for it
             return cast(Function, numba.njit([*signatures], nogil=True)(function))
 
     return compile_

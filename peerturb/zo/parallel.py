@@ -18,12 +18,14 @@ Item = TypeVar("Item")
 _thread = threading.local()
 
 
-def in_parallel(work: Callable[[Item], None], items: Sequence[Item]) -> None:
+def in_parallel(work: Callable[[Item], None], items: Sequence[Item], *, on: str = "cpu") -> None:
     """Do `work` on every item, in any order; the items must not touch the same data.
 
-    Called from inside a piece of work it goes item after item: waiting there for other threads could be for ever.
+    `on` is the type of the device that works: any but a CPU takes pieces one by one as it is, and several of ours would
+    only hold their scratch memory at the same time. Called from inside a piece of work it goes item after item: waiting
+    there for other threads could be for ever.
     """
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() if on == "cpu" else 1
     if min(threads, len(items)) <= 1 or getattr(_thread, "is_ours", False):
         for item in items:
             work(item)

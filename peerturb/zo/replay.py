@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from peerturb import limits
 from peerturb.errors import LogError
 from peerturb.ids import short_hex
 from peerturb.manifest import Manifest
@@ -46,6 +47,7 @@ def replay(
     until_round: int | None = None,
     check_every: int = CHECK_EVERY,
     progress: Callable[[int], None] | None = None,
+    doubt: Callable[[str], None] = lambda why: None,
 ) -> bytes:
     """Apply sealed rounds to the weights in place; return their run digest, 32 bytes.
 
@@ -58,9 +60,11 @@ def replay(
         until_round: stop before this round; None: apply all.
         check_every: compare the weights with the log's digest before the first round and every so many rounds.
         progress: called with the number of rounds the weights have after each one.
+        doubt: told of a digest in the last rounds that differs, where these are too few to tell who is right.
 
     A digest in the log is what the round's contributors say, and one alone in a round can say anything. So a difference
-    counts only if no later digest agrees: equal weights cannot have come from different ones.
+    counts only if no later digest agrees (equal weights cannot have come from different ones) and more than
+    `DISPUTES_MAX` rounds differ. Round 0 knows no doubt: the RunSpec names its weights.
 
     Raises:
         LogError: rounds are missing, or the weights differ from those the log was made with; names the round.
@@ -92,7 +96,7 @@ def replay(
         applied += 1
         if progress is not None:
             progress(applied)
-    agreement.settle()
+    agreement.settle(doubt)
     return run_digest(manifest, weights)
 
 
@@ -101,14 +105,21 @@ class _Agreement:
 
     def __init__(self, first_round: int) -> None:
         self._since = first_round
+        self._differences = 0
         self.dispute = ""
         """The first difference that no agreement has followed."""
 
     def compare(self, sealed: SealedRound, digest: int) -> None:
-        """Take in one comparison; a difference in round 0 is settled at once: the RunSpec names those weights too."""
+        """Take in one comparison.
+
+        Raises:
+            LogError: round 0 differs: the RunSpec names its weights too, so there is nobody to doubt.
+        """
         if digest == sealed.digest:
-            self._since, self.dispute = sealed.round, ""
-        elif not self.dispute:
+            self._since, self._differences, self.dispute = sealed.round, 0, ""
+            return
+        self._differences += 1
+        if not self.dispute:
             where = (
                 f"these are not the run's weights at round {self._since}"
                 if sealed.round == self._since
@@ -119,13 +130,15 @@ class _Agreement:
                 f"{short_hex(sealed.digest)}: {where}"
             )
         if sealed.round == 0:
-            self.settle()
+            raise LogError(self.dispute)
 
-    def settle(self) -> None:
-        """Raise what is left of a dispute.
+    def settle(self, doubt: Callable[[str], None]) -> None:
+        """Tell what is left of a dispute: a doubt while few rounds differ, an error when more do.
 
         Raises:
             LogError: the weights differ from those of the log, and did not agree again.
         """
-        if self.dispute:
+        if self._differences > limits.DISPUTES_MAX:
             raise LogError(self.dispute)
+        if self.dispute:
+            doubt(f"{self.dispute}; the log ends {self._differences} rounds on, too few to tell which of them is right")

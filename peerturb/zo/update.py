@@ -150,7 +150,7 @@ def _apply_chunk(
 
     pieces = PIECES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else 1
     groups = _plan(manifest, vectors_only, device.type, min(len(probes), PROBES_PER_PASS), pieces)
-    in_parallel(apply_group, groups)
+    in_parallel(apply_group, groups, on=device.type)
     if family == "dense":
 
         @torch.no_grad()
@@ -161,7 +161,8 @@ def _apply_chunk(
 
         width = DENSE_ELEMENTS[_kind(device)]
         matrices = [parameter for parameter in manifest if parameter.kind != "vector"]
-        in_parallel(apply_stretch, [(p, first) for p in matrices for first in range(0, p.elements, width)])
+        stretches = [(p, first) for p in matrices for first in range(0, p.elements, width)]
+        in_parallel(apply_stretch, stretches, on=device.type)
     for parameter, weight in zip(manifest, weights, strict=True):
         if not weight.is_contiguous():  # then its flat form above was a copy
             weight.detach().copy_(flats[parameter.index].view(weight.shape))

@@ -61,11 +61,11 @@ HOROSCOPE = Task(
     objective=SST2.format(bad="bad", good="great", tokens=48),
     train="datasets/sst2/train_1000.jsonl",
     held_out="datasets/sst2/dev_500.jsonl",
-    rounds=15,
+    rounds=20,
     probes=24,
-    learning_rate=3e-3,
+    learning_rate=1e-2,
     examples=4,
-    fall=0.01,
+    fall=0.03,
 )
 
 

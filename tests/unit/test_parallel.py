@@ -53,3 +53,9 @@ def test_an_error_in_a_piece_comes_out(threads: int) -> None:
 
     with pytest.raises(ValueError, match="piece 3"):
         in_parallel(fail, range(5))
+
+
+def test_another_device_takes_the_pieces_one_by_one() -> None:
+    seen: list[str] = []
+    in_parallel(lambda item: seen.append(threading.current_thread().name), range(8), on="cuda")
+    assert seen == [threading.current_thread().name] * 8

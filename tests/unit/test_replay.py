@@ -103,9 +103,26 @@ def test_a_false_digest_that_a_later_round_contradicts_is_no_damage(check_every:
     assert replay(rounds, base(), MANIFEST, SPEC, check_every=check_every) == digest
 
 
-def test_a_false_digest_in_the_last_round_is_told() -> None:
+@pytest.mark.parametrize("false_rounds", [1, 8])
+def test_false_digests_in_the_last_rounds_are_told_and_lose_nothing(false_rounds: int) -> None:
+    rounds, digest = train()
+    _spoil(rounds, false_rounds)
+    doubts: list[str] = []
+    assert replay(rounds, base(), MANIFEST, SPEC, check_every=1, doubt=doubts.append) == digest
+    first = ROUNDS - false_rounds
+    assert len(doubts) == 1
+    assert f"between rounds {first - 1} and {first}; the log ends {false_rounds} rounds on" in doubts[0]
+
+
+def test_more_rounds_that_differ_than_chance_and_a_liar_explain_are_an_error() -> None:
     rounds, _ = train()
-    fields = {name: getattr(rounds[-1], name) for name in rounds[-1].__slots__}
-    rounds[-1] = RoundSealed(**fields | {"digest": 7})
-    with pytest.raises(LogError, match=f"between rounds {ROUNDS - 2} and {ROUNDS - 1}"):
+    _spoil(rounds, 9)
+    with pytest.raises(LogError, match=f"between rounds {ROUNDS - 10} and {ROUNDS - 9}"):
         replay(rounds, base(), MANIFEST, SPEC, check_every=1)
+
+
+def _spoil(rounds: list[RoundSealed], last: int) -> None:
+    """Put false digests into the last rounds."""
+    for number in range(len(rounds) - last, len(rounds)):
+        fields = {name: getattr(rounds[number], name) for name in rounds[number].__slots__}
+        rounds[number] = RoundSealed(**fields | {"digest": 7})
