@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from peerturb.errors import ModelError
 from peerturb.manifest import Manifest, Parameter
-from peerturb.zo.perturbation import FAMILIES
+from peerturb.zo.perturbation import FAMILIES, HALVES
 from peerturb.zo.perturbed import PerturbedForward
 
 PROBES = 3
@@ -26,7 +26,7 @@ EXAMPLES_MAX = PROBES * EXAMPLES
 TRIAL_EPSILON = 2.0**-6
 """Large enough to stand out from rounding, small enough to leave the model's activations in their range."""
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.35}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 0.06, torch.bfloat16: 0.35}
 """Largest difference of the two results, as a fraction of the perturbation's own effect."""
 
 
@@ -145,7 +145,7 @@ def _perturbed(trial: Trial, parameters: Parameters, signs: TrialSigns, family: 
     both = torch.arange(EXAMPLES_MAX).view(PROBES, 1, EXAMPLES).expand(-1, 2, -1).flatten()
     with PerturbedForward(parameters, perturbation, rows=len(both)) as mode:
         result = trial(both)
-    return result.float() if result.dtype == torch.bfloat16 else result, mode.used
+    return result.float() if result.dtype in HALVES else result, mode.used
 
 
 def _agrees(trial: Trial, parameters: Parameters, signs: TrialSigns, result: Tensor) -> bool:

@@ -17,6 +17,7 @@ from peerturb.errors import ModelError
 from peerturb.manifest import DType, Manifest, Parameter
 from peerturb.spec import ModelSpec
 from peerturb.zo.digest import run_digest
+from peerturb.zo.experts import use_row_experts
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """RunSpec `model.dtype` to torch."""
@@ -67,6 +68,7 @@ def prepare(model: PreTrainedModel, dtype: DType, *, device: str | torch.device 
             parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
     model.config.dtype = TORCH_DTYPES[dtype]
     model.config.use_cache = False
+    use_row_experts(model)
     placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
     return placed
 

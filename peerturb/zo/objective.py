@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from peerturb.errors import DataError
 from peerturb.spec import ObjectiveSpec
 from peerturb.zo.data import Example, faults_message, read_examples
+from peerturb.zo.perturbation import HALVES
 
 TEXT_BLOCK_CHARS = 100_000
 """Long texts are tokenised in blocks of about this size that end at a line end: some tokenizers are quadratic."""
@@ -245,7 +246,7 @@ def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
     size = len(flat) if logits.device.type != "cpu" else max(1, SLICE_LOGITS // logits.shape[2])
     parts = []
     for part, index in zip(flat.split(size), wanted.split(size), strict=True):
-        wide = part.float() if part.dtype == torch.bfloat16 else part
+        wide = part.float() if part.dtype in HALVES else part
         parts.append(-F.cross_entropy(wide, index.squeeze(1), reduction="none"))
     return torch.cat(parts).view(targets.shape)
 
