@@ -16,7 +16,8 @@ from peerturb.zo.checkpoint import CheckpointInfo, load_checkpoint, save_checkpo
 from peerturb.zo.digest import run_digest
 from peerturb.zo.evaluate import evaluate
 from peerturb.zo.export import export_model
-from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
+from peerturb.zo.kinds import Task
+from peerturb.zo.model import base_digest, build_manifest, load_model, trainable_weights
 from peerturb.zo.objective import Objective
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.update import apply_update
@@ -46,7 +47,7 @@ class TorchCompute:
         self._spec = spec
         self.source = settings.model or spec.model.name
         self.device = choose_device(settings.device)
-        self._model, self._tokenizer = load_model(self.source, spec.model.dtype, device=self.device)
+        self._model, self._tokenizer = load_model(self.source, spec.model.dtype, task=Task.of(spec), device=self.device)
         digest = base_digest(self._model, spec.model.dtype)
         if digest != spec.model.digest:
             raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, self.source, digest))
@@ -54,9 +55,7 @@ class TorchCompute:
         self.manifest = build_manifest(self._model, spec.model)
         self._named = trainable_weights(self._model, self.manifest)
         self._weights = list(self._named.values())
-        objective = Objective(
-            local_objective(spec.objective, settings), self._tokenizer, positions_max=positions_max(self._model)
-        )
+        objective = Objective.of(local_objective(spec.objective, settings), self._model, self._tokenizer)
         sequences = objective.load(settings.data.expanduser())
         self._runner = Runner(self._model, self.manifest, objective)
         self._engine = ProbeEngine(self._runner, spec, sequences, rows_max=settings.rows or None)
@@ -108,7 +107,7 @@ class TorchCompute:
 
     def reset(self) -> None:
         """Load the base weights again, into the same tensors."""
-        fresh, _ = load_model(self.source, self._spec.model.dtype)
+        fresh, _ = load_model(self.source, self._spec.model.dtype, task=Task.of(self._spec))
         if base_digest(fresh, self._spec.model.dtype) != self._spec.model.digest:
             raise ModelError(f"the base weights in {self.source} have changed since the node started")
         source = trainable_weights(fresh, self.manifest).values()

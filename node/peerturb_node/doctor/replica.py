@@ -29,6 +29,7 @@ class Replica:
         try:
             import torch
 
+            from peerturb.zo.kinds import Task
             from peerturb.zo.model import load_model
             from peerturb_node.compute.torch_compute import choose_device
         except ImportError as error:
@@ -41,7 +42,7 @@ class Replica:
         try:
             device = choose_device(settings.device)
             started_s = time.perf_counter()
-            model, tokenizer = load_model(source, spec.model.dtype, device=device)
+            model, tokenizer = load_model(source, spec.model.dtype, task=Task.of(spec), device=device)
         except PeerturbError as error:
             yield fail("model", str(error), "check the name, or give the model's folder with --model")
             for name in ("base weights", "engine", "data", "memory", "compiled loops", "disk", "speed"):
@@ -96,7 +97,6 @@ class Replica:
 
     def _data(self, model: Any, tokenizer: Any, manifest: Manifest) -> tuple[Any, Check]:
         from peerturb.zo.batch import Runner
-        from peerturb.zo.model import positions_max
         from peerturb.zo.objective import Objective
         from peerturb.zo.probe import ProbeEngine
         from peerturb_node.data import local_objective
@@ -105,9 +105,7 @@ class Replica:
         if settings.data is None:
             return None, skip("data", "no --data given")
         try:
-            objective = Objective(
-                local_objective(self.spec.objective, settings), tokenizer, positions_max=positions_max(model)
-            )
+            objective = Objective.of(local_objective(self.spec.objective, settings), model, tokenizer)
             sequences = objective.load(settings.data.expanduser())
             runner = Runner(model, manifest, objective)
             engine = ProbeEngine(runner, self.spec, sequences, rows_max=settings.rows or None)
