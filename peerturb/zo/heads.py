@@ -17,7 +17,8 @@ HEAD_STREAM = 0xFFFFFFFD
 """Stream of new tensors' values; above every tensor's, below the local ones."""
 
 HEAD_BOUND = np.uint32(0x3D0DE3BD).view(np.float32)
-"""0.02 times the root of 3: half the width of the uniform distribution, whose standard deviation is then the 0.02 that encoders are made with."""
+"""0.02 times the root of 3: half the width of the uniform distribution, whose standard deviation is then the 0.02 that
+encoders are made with."""
 
 
 def initial_values(shape: Sequence[int], *, seed: int, tensor: int) -> Tensor:
