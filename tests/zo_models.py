@@ -8,10 +8,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
+    AlbertConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
+    BloomConfig,
     DistilBertConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -21,14 +24,18 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    ModernBertConfig,
+    MPNetConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     RobertaConfig,
     T5Config,
+    UMT5Config,
 )
 
 from peerturb.manifest import Manifest, Parameter
@@ -81,9 +88,20 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3-moe": lambda: Qwen3MoeConfig(
         **QWEN3_MOE, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, mlp_only_layers=[1]
     ),
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **LLAMA,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+    ),
+    "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "gpt-oss": lambda: GptOssConfig(**LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
 }
 """Causal language models."""
+
+EAGER = ("bloom", "gemma2", "gpt-oss")
+"""Models that know no other attention."""
 
 EXCLUDE: dict[str, tuple[str, ...]] = {"gpt-oss": ("*.sinks",)}
 """What the engine refuses and an operator would freeze."""
@@ -102,6 +120,22 @@ T5: dict[str, Any] = {
     "eos_token_id": 1,
     "decoder_start_token_id": 1,
 }
+BART: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 56,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}
 T5_UNTIED: dict[str, Any] = {**T5, "tie_word_embeddings": False}
 CLASSIFIERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertConfig(**BERT),
@@ -110,11 +144,16 @@ CLASSIFIERS: dict[str, Callable[[], Any]] = {
     "distilbert": lambda: DistilBertConfig(
         vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=56, max_position_embeddings=64, pad_token_id=1
     ),
+    "albert": lambda: AlbertConfig(**BERT, embedding_size=16),
+    "mpnet": lambda: MPNetConfig(**BERT),
+    "modernbert": lambda: ModernBertConfig(**BERT, cls_token_id=0, sep_token_id=1),
     "llama": lambda: LlamaConfig(**LLAMA),
     "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=1),
 }
 SEQ2SEQ: dict[str, Callable[[], Any]] = {
     "t5": lambda: T5Config(**T5),
+    "umt5": lambda: UMT5Config(**T5),
+    "bart": lambda: BartConfig(**BART),
     "t5-gated-untied": lambda: T5Config(**T5_UNTIED, feed_forward_proj="gated-gelu"),
 }
 
@@ -143,7 +182,7 @@ def small_model(name: str, *, kind: str = "causal", dtype: torch.dtype = torch.f
         config, builder = SEQ2SEQ[name](), AutoModelForSeq2SeqLM
     else:
         config, builder = CONFIGS[name](), AutoModelForCausalLM
-        config._attn_implementation = "eager" if name in ("gemma2", "gpt-oss") else "sdpa"
+        config._attn_implementation = "eager" if name in EAGER else "sdpa"
     model: Any = prepare(builder.from_config(config), "float32")
     model = model.to(dtype)
     for parameter in model.parameters():

@@ -28,11 +28,13 @@ class Task:
     """Classes of the head; 0: a language model."""
     seed: int = 0
     """`RunSpec.seed`: where tensors come from that the folder lacks (`peerturb.zo.heads`)."""
+    names: tuple[str, ...] = ()
+    """The classes' label values, for the configuration of an exported model; none: numbers."""
 
     @classmethod
     def of(cls, spec: RunSpec) -> Self:
         """Return the task of a run."""
-        return cls(classes=len(spec.objective.classes), seed=spec.seed)
+        return cls(classes=len(spec.objective.classes), seed=spec.seed, names=spec.objective.classes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,6 +206,9 @@ def _read_weights(source: str, dtype: DType, kind: ModelKind, task: Task, option
             f"the weights of {source} lack {len(missing)} tensors, the first is {missing[0]}; the files are incomplete"
         )
     fill_new(model, new, seed=task.seed)
+    if task.names:
+        model.config.id2label = dict(enumerate(task.names))
+        model.config.label2id = {name: number for number, name in enumerate(task.names)}
     return model
 
 

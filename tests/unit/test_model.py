@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from peerturb.errors import ModelError
 from peerturb.manifest import manifest_digest
@@ -19,6 +20,7 @@ from peerturb.zo.heads import initial_values
 from peerturb.zo.kinds import Task
 from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
 from peerturb.zo.objective import Objective
+from peerturb_node.cli import model as model_command
 from tests.zo_models import byte_tokenizer, manifest_of, one_thread, small_model
 
 __all__ = ["one_thread"]
@@ -299,3 +301,12 @@ def test_expert_stacks_survive_saving_and_loading(name: str, tmp_path: Path) -> 
     assert base_digest(loaded, "float32") == base_digest(model, "float32")
     assert "peerturb" not in (tmp_path / "config.json").read_text()
     assert "stack" in {entry.kind for entry in manifest_of(loaded)}
+
+
+def test_the_command_prints_a_classifiers_digest(encoder: Path) -> None:
+    found = CliRunner().invoke(model_command.app, [str(encoder), "--classes", "3", "--seed", "7"])
+    assert found.exit_code == 0, found.output
+    digest = base_digest(load_model(encoder, "float32", task=Task(classes=3, seed=7))[0], "float32")
+    assert f'digest = "{digest}"' in found.output
+    assert "BertForSequenceClassification" in found.output
+    assert "3 classes and seed = 7" in found.output

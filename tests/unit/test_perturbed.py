@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from peerturb.errors import ModelError
 from peerturb.manifest import Manifest
+from peerturb.zo import experts
 from peerturb.zo.coverage import check_coverage
+from peerturb.zo.experts import Routing, expert_linear
 from peerturb.zo.perturbation import FAMILIES, Perturbation
 from peerturb.zo.perturbed import PerturbedForward
 from tests.zo_models import CONFIGS, EXCLUDE, RandomSigns, manifest_of, one_thread, small_model
@@ -240,3 +242,21 @@ def test_bfloat16_models_pass_the_coverage_check() -> None:
     model = small_model("llama-tied")
     manifest = manifest_of(model)
     check_coverage(model.bfloat16(), manifest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_grouped_product_of_experts_equals_the_loop(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA takes it; torch has it for CPUs too, so its layout is checked here."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 16, 8, generator=generator).to(dtype)
+    ends = torch.tensor([4, 4, 9], dtype=torch.int32)  # nobody goes to the second
+    routing = Routing(experts=torch.tensor([0] * 4 + [2] * 5), tokens=torch.arange(9), ends=ends, tokens_total=9)
+    for is_transposed in (False, True):
+        x = torch.randn(9, 16 if is_transposed else 8, generator=generator).to(dtype)
+        loop = expert_linear(x, weight, routing, is_transposed=is_transposed)
+        with monkeypatch.context() as patch:
+            patch.setattr(experts, "_can_group", lambda x, weight: True)
+            grouped = expert_linear(x, weight, routing, is_transposed=is_transposed)
+        torch.testing.assert_close(grouped, loop)
+        matrices = weight if is_transposed else weight.transpose(1, 2)
+        torch.testing.assert_close(loop[4:], (x[4:] @ matrices[2]))
