@@ -235,3 +235,14 @@ def test_manifest_of_a_classifier_has_its_head(tmp_path: Path) -> None:
     model = small_model("roberta", kind="classes")
     names = [entry.name for entry in build_manifest(model, spec_of().model)]
     assert "classifier.out_proj.weight" in names
+
+
+def test_only_runs_with_classes_have_them_in_their_identity() -> None:
+    plain = spec_of()
+    assert b"classes" not in plain.canonical
+    spec = spec_of(objective=OBJECTIVES["classes"])
+    assert b'"classes":["bad","good","fair"]' in spec.canonical
+    for whole in (plain, spec):
+        assert RunSpec.from_canonical(whole.canonical) == whole
+    assert Task.of(spec).classes == 3
+    assert Task.of(plain) == Task()
