@@ -209,7 +209,7 @@ class RunSpec(Section):
 
     @cached_property
     def canonical(self) -> bytes:
-        """Canonical JSON: sorted keys, no white space, every default written out (but `classes` only if there are any)."""
+        """Canonical JSON: sorted keys, no white space, all defaults written out, empty `classes` excepted."""
         document = self.model_dump(mode="json")
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
