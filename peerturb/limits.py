@@ -41,3 +41,6 @@ TOKEN_CHARS_MAX = 256
 
 SEQUENCE_TOKENS_MAX = 32_768
 """Tokens in one sequence a RunSpec may ask for."""
+
+CLASSES_MAX = 1_024
+"""Classes of a classification head."""

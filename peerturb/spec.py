@@ -114,17 +114,23 @@ def template_fields(template: str) -> list[str]:
 class ObjectiveSpec(Section):
     """What is minimised, over what pieces of each peer's data."""
 
-    kind: Literal["text", "completion", "labels"] = "text"
-    """`text`: loss on every token; `completion`: on the completion only; `labels`: classification by label words."""
+    kind: Literal["text", "completion", "labels", "classes"] = "text"
+    """`text`: loss on every token; `completion`: on the completion only; `labels`: classification by label words;
+    `classes`: by a classification head."""
     template: str = Field(default="{text}", min_length=1, max_length=16_384)
     """Text (or prompt) with `{field}` for a field of the JSON object, at least one; `{{` and `}}` are braces."""
     completion: str = Field(default="", max_length=16_384)
     """Template of the completion, with at least one field (`completion` only)."""
     label_field: str = Field(default="label", min_length=1)
-    """Field that holds the label (`labels` only)."""
+    """Field that holds the label (`labels` and `classes` only)."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Label value as text -> the words that continue the prompt, leading space included (`labels` only). Not empty, and
     different for every label."""
+    classes: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
+        default=(), max_length=limits.CLASSES_MAX, exclude_if=lambda value: not value
+    )
+    """Label values as text, in the order of the head's classes (`classes` only). Left out of the canonical form while
+    empty, so that runs without classes keep the digest they had before there were any."""
     tokens_max: int = Field(default=64, ge=2, le=limits.SEQUENCE_TOKENS_MAX)
     """Longest sequence; longer prompts lose their beginning, longer texts are cut into pieces."""
     examples_per_probe: int = Field(default=1, ge=1, le=4_096)
@@ -139,6 +145,10 @@ class ObjectiveSpec(Section):
         if self.kind == "labels" and len(self.labels) < 2:
             example = 'labels = {0 = " bad", 1 = " good"}'
             raise ValueError(f'kind = "labels" needs at least two `labels`, for instance {example}')
+        if (self.kind == "classes") != bool(self.classes):
+            raise ValueError('kind = "classes" and `classes` belong together, for instance classes = ["0", "1"]')
+        if self.kind == "classes" and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
+            raise ValueError("`classes` needs at least two values, all different")
         return self
 
     @model_validator(mode="after")
@@ -199,7 +209,7 @@ class RunSpec(Section):
 
     @cached_property
     def canonical(self) -> bytes:
-        """Canonical JSON: sorted keys, no white space, every default written out."""
+        """Canonical JSON: sorted keys, no white space, all defaults written out, empty `classes` excepted."""
         document = self.model_dump(mode="json")
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 

@@ -8,14 +8,34 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
+    AlbertConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    BloomConfig,
+    DistilBertConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    ModernBertConfig,
+    MPNetConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    RobertaConfig,
+    T5Config,
+    UMT5Config,
 )
 
 from peerturb.manifest import Manifest, Parameter
@@ -34,6 +54,11 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 1,
 }
 LLAMA: dict[str, Any] = {**SIZES, "intermediate_size": 56, "num_key_value_heads": 2}
+QWEN3_MOE: dict[str, Any] = {**LLAMA, "head_dim": 8}
+NEOX: dict[str, Any] = {
+    "intermediate_size": 56,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama-tied": lambda: LlamaConfig(**LLAMA, tie_word_embeddings=True),
@@ -45,6 +70,91 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1
     ),
     "opt": lambda: OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=24),
+    "opt-350m": lambda: OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=24, do_layer_norm_before=False),
+    "gemma2": lambda: Gemma2Config(**LLAMA, head_dim=8, query_pre_attn_scalar=8, sliding_window=4),
+    "gemma3": lambda: Gemma3TextConfig(
+        **LLAMA,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi3": lambda: Phi3Config(**LLAMA),
+    "neox": lambda: GPTNeoXConfig(**SIZES, **NEOX),
+    "neox-tied-serial": lambda: GPTNeoXConfig(
+        **SIZES, intermediate_size=56, tie_word_embeddings=True, use_parallel_residual=False
+    ),
+    "mixtral": lambda: MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **QWEN3_MOE, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, mlp_only_layers=[1]
+    ),
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **LLAMA,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+    ),
+    "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "gpt-oss": lambda: GptOssConfig(**LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
+}
+"""Causal language models."""
+
+EAGER = ("bloom", "gemma2", "gpt-oss")
+"""Models that know no other attention."""
+
+EXCLUDE: dict[str, tuple[str, ...]] = {"gpt-oss": ("*.sinks",)}
+"""What the engine refuses and an operator would freeze."""
+
+BERT: dict[str, Any] = {**SIZES, "intermediate_size": 56}
+T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 56,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "pad_token_id": 1,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 1,
+}
+BART: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 56,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}
+T5_UNTIED: dict[str, Any] = {**T5, "tie_word_embeddings": False}
+CLASSIFIERS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: BertConfig(**BERT),
+    "minilm": lambda: BertConfig(**BERT, type_vocab_size=2, hidden_act="gelu"),
+    "roberta": lambda: RobertaConfig(**BERT),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=56, max_position_embeddings=64, pad_token_id=1
+    ),
+    "albert": lambda: AlbertConfig(**BERT, embedding_size=16),
+    "mpnet": lambda: MPNetConfig(**BERT),
+    "modernbert": lambda: ModernBertConfig(**BERT, cls_token_id=0, sep_token_id=1),
+    "llama": lambda: LlamaConfig(**LLAMA),
+    "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=1),
+}
+SEQ2SEQ: dict[str, Callable[[], Any]] = {
+    "t5": lambda: T5Config(**T5),
+    "umt5": lambda: UMT5Config(**T5),
+    "bart": lambda: BartConfig(**BART),
+    "t5-gated-untied": lambda: T5Config(**T5_UNTIED, feed_forward_proj="gated-gelu"),
 }
 
 
@@ -57,12 +167,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def small_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """Return a random model whose norms and biases are not at their trivial start."""
+def small_model(name: str, *, kind: str = "causal", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """Return a random model whose norms and biases are not at their trivial start.
+
+    Args:
+        kind: "causal", "classes" (three of them) or "seq2seq".
+    """
     torch.manual_seed(seed)
-    config = CONFIGS[name]()
-    config._attn_implementation = "sdpa"
-    model: Any = prepare(AutoModelForCausalLM.from_config(config), "float32")
+    builder: Any
+    if kind == "classes":
+        config, builder = CLASSIFIERS[name](), AutoModelForSequenceClassification
+        config.num_labels = 3
+    elif kind == "seq2seq":
+        config, builder = SEQ2SEQ[name](), AutoModelForSeq2SeqLM
+    else:
+        config, builder = CONFIGS[name](), AutoModelForCausalLM
+        config._attn_implementation = "eager" if name in EAGER else "sdpa"
+    model: Any = prepare(builder.from_config(config), "float32")
     model = model.to(dtype)
     for parameter in model.parameters():
         if parameter.dim() == 1:

@@ -19,7 +19,7 @@ def local_objective(objective: ObjectiveSpec, settings: NodeSettings) -> Objecti
         "template": _renamed(template, settings.fields, used),
         "completion": _renamed(objective.completion, settings.fields, used),
     }
-    if objective.kind == "labels":
+    if objective.kind in ("labels", "classes"):
         used.add(objective.label_field)
         changes["label_field"] = settings.fields.get(objective.label_field, objective.label_field)
     unused = sorted(set(settings.fields) - used)

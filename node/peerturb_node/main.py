@@ -148,6 +148,8 @@ def _make_compute(settings: NodeSettings, spec: RunSpec, events: Events) -> Comp
         digest=compute.base_digest.hex(),
         seconds=round(time.perf_counter() - started_s, 3),
     )
+    if compute.warning is not None:
+        events.emit("notice", code="epsilon", text=compute.warning)
     return compute
 
 

@@ -13,6 +13,7 @@ from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.records import RoundSealed
 from peerturb.runlog.reader import LogEnd, read_entries
 from peerturb.zo.export import export_model
+from peerturb.zo.kinds import Task
 from peerturb.zo.model import base_digest, build_manifest, load_model, trainable_weights
 from peerturb.zo.replay import replay
 from peerturb_node.compute.torch_compute import choose_device, mismatch
@@ -44,7 +45,7 @@ def replay_log(
     if until is not None and until > len(sealed):
         raise SpecError(f"--until {until}: the log has only {len(sealed)} sealed rounds")
     source = model or spec.model.name
-    loaded, tokenizer = load_model(source, spec.model.dtype, device=choose_device(device))
+    loaded, tokenizer = load_model(source, spec.model.dtype, task=Task.of(spec), device=choose_device(device))
     digest = base_digest(loaded, spec.model.dtype)
     if digest != spec.model.digest:
         raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, source, digest))

@@ -66,6 +66,9 @@ class NodeSettings(BaseSettings):
     """CPU threads for the numerics; 0: torch decides."""
     rows: int = Field(default=0, ge=0, le=65_536)
     """Most sequences in one forward pass; fewer need less memory. 0: the engine decides."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which losses are computed; the weights keep the run's. Another type than theirs needs a copy of them in
+    memory, cast again after each update. `auto`: the weights' type, float16 on a GPU without bfloat16."""
     probes: int = Field(default=0, ge=0, le=limits.PROBES_PER_CONTRIBUTION_MAX)
     """Most probes to measure in a round; 0: as many as the RunSpec allows."""
     checkpoint_rounds: int = Field(default=200, ge=0, le=limits.ROUNDS_MAX)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peerturb.manifest import Manifest, Parameter
 from peerturb.zo.coverage import Trial, text_trial
+from peerturb.zo.kinds import kind_of, shared_tables
 from peerturb.zo.objective import Objective, Rows, TokenSequence
 from peerturb.zo.perturbation import Perturbation
 from peerturb.zo.perturbed import PerturbedForward
@@ -59,7 +60,7 @@ class Evaluator(Protocol[Item]):
 
 
 class Runner:
-    """A causal language model, the tensors a run trains, and the objective (`Evaluator` of token sequences).
+    """A transformers model, the tensors a run trains, and the objective (`Evaluator` of token sequences).
 
     Args:
         manifest: what is trained; the tensors are looked up in `model` once.
@@ -67,6 +68,8 @@ class Runner:
 
     def __init__(self, model: Any, manifest: Manifest, objective: Objective) -> None:
         named = dict(model.named_parameters(remove_duplicate=False))
+        self.kind = kind_of(model)
+        self.shared = shared_tables(model)
         head = model.get_output_embeddings()
         self.model = model
         self.objective = objective
@@ -80,6 +83,8 @@ class Runner:
     def size(self, item: TokenSequence) -> Size:
         """See `Evaluator`."""
         tokens = len(item.tokens)
+        if self.kind == "classes":
+            return Size(tokens=tokens, outputs=len(self.objective.label_values))
         scored = tokens - item.start + 1
         return Size(rows=self.objective.per_example, tokens=tokens, outputs=scored * self._vocabulary)
 
@@ -108,21 +113,33 @@ class Runner:
             targets=rows.targets.to(self.device),
             is_scored=rows.is_scored.to(self.device),
             answers=rows.answers.to(self.device),
+            mask=None if rows.mask is None else rows.mask.to(self.device),
+            decoder_ids=None if rows.decoder_ids is None else rows.decoder_ids.to(self.device),
         )
 
     @torch.inference_mode()
     def logits(self, rows: Rows, perturbation: Perturbation | None = None) -> Tensor:
-        """Return the logits that predict the targets: [rows, scored, vocabulary]."""
+        """Return the logits that predict the targets, [rows, scored, vocabulary], or those of [rows, classes]."""
         if perturbation is None and rows.positions is None:
             context: Any = nullcontext()
         elif perturbation is None:
             context = PerturbedForward([], None, rows=len(rows.ids), head=self.head, positions=rows.positions)
         else:
             context = PerturbedForward(
-                self.parameters, perturbation, rows=len(rows.ids), head=self.head, positions=rows.positions
+                self.parameters,
+                perturbation,
+                rows=len(rows.ids),
+                head=self.head,
+                positions=rows.positions,
+                shared=self.shared,
             )
+        given: dict[str, Any] = {} if self.kind == "classes" else {"use_cache": False}
+        if rows.mask is not None:
+            given["attention_mask"] = rows.mask
+        if rows.decoder_ids is not None:
+            given["decoder_input_ids"] = rows.decoder_ids
         with context:
-            logits: Tensor = self.model(input_ids=rows.ids, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=rows.ids, **given).logits
         if rows.positions is None or context.has_kept:
             return logits
         return logits.gather(1, rows.positions[:, :, None].expand(-1, -1, logits.shape[2]))
@@ -132,7 +149,7 @@ def twice(rows: Rows, probes: int) -> Rows:
     """Repeat each probe's rows: first measured at +epsilon, then at -epsilon."""
 
     def repeat(value: Tensor) -> Tensor:
-        grouped = value.view(probes, 1, -1, *value.shape[1:])
+        grouped = value.view(probes, 1, len(value) // probes, *value.shape[1:])
         return grouped.expand(-1, 2, *grouped.shape[2:]).reshape(2 * value.shape[0], *value.shape[1:])
 
     return replace(
@@ -142,5 +159,7 @@ def twice(rows: Rows, probes: int) -> Rows:
         targets=repeat(rows.targets),
         is_scored=repeat(rows.is_scored),
         answers=repeat(rows.answers),
+        mask=None if rows.mask is None else repeat(rows.mask),
+        decoder_ids=None if rows.decoder_ids is None else repeat(rows.decoder_ids),
         tokens=2 * rows.tokens,
     )

@@ -5,7 +5,7 @@ they appear: slow, but right for any model. A parameter the two treat differentl
 or that the model never uses, is refused by name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from peerturb.errors import ModelError
 from peerturb.manifest import Manifest, Parameter
-from peerturb.zo.perturbation import FAMILIES
+from peerturb.zo.kinds import kind_of, shared_tables
+from peerturb.zo.perturbation import FAMILIES, HALVES
 from peerturb.zo.perturbed import PerturbedForward
 
 PROBES = 3
@@ -26,7 +27,7 @@ EXAMPLES_MAX = PROBES * EXAMPLES
 TRIAL_EPSILON = 2.0**-6
 """Large enough to stand out from rounding, small enough to leave the model's activations in their range."""
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.35}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.35}
 """Largest difference of the two results, as a fraction of the perturbation's own effect."""
 
 
@@ -98,27 +99,37 @@ Parameters = Sequence[tuple[Parameter, Tensor]]
 
 
 def check_coverage(model: Any, manifest: Manifest, family: str = "rank1") -> None:
-    """Refuse a causal language model that the engine cannot perturb wholly: see `check_trial`."""
+    """Refuse a transformers model that the engine cannot perturb wholly: see `check_trial`."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    check_trial(text_trial(model), [(entry, named[entry.name]) for entry in manifest], family)
+    check_trial(
+        text_trial(model), [(entry, named[entry.name]) for entry in manifest], family, shared=shared_tables(model)
+    )
 
 
 def text_trial(model: Any) -> Trial:
-    """Return the trial of a causal language model: its logits over texts of `TOKENS` tokens."""
+    """Return the trial of a transformers model: its logits over texts of `TOKENS` tokens."""
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     device = next(model.parameters()).device
     ids = (torch.arange(EXAMPLES_MAX * TOKENS, device=device).view(EXAMPLES_MAX, TOKENS) * 7 + 3) % vocabulary
+    kind = kind_of(model)
 
     def forward(numbers: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=ids[numbers.to(device)], use_cache=False).logits
+        chosen = ids[numbers.to(device)]
+        given: dict[str, Any] = {} if kind == "classes" else {"use_cache": False}
+        if kind == "seq2seq":
+            given["decoder_input_ids"] = chosen[:, 1:]  # another length: the two must not be mixed up
+        logits: Tensor = model(input_ids=chosen, **given).logits
         return logits
 
     return forward
 
 
 @torch.inference_mode()
-def check_trial(trial: Trial, parameters: Parameters, family: str) -> None:
+def check_trial(trial: Trial, parameters: Parameters, family: str, *, shared: Collection[str] = ()) -> None:
     """Refuse a model that the engine cannot perturb wholly.
+
+    Args:
+        shared: see `PerturbedForward`.
 
     Raises:
         ModelError: names the first parameter that is unused, used in an unknown way or perturbed wrongly.
@@ -127,7 +138,7 @@ def check_trial(trial: Trial, parameters: Parameters, family: str) -> None:
     # Twice: a tensor that the model derives once and keeps would miss the second forward.
     for _ in range(2):
         signs = TrialSigns(manifest, PROBES)
-        result, used = _perturbed(trial, parameters, signs, family)
+        result, used = _perturbed(trial, parameters, signs, family, shared)
     unused = [entry.name for entry in manifest if entry.name not in used]
     if unused:
         raise ModelError(
@@ -136,16 +147,18 @@ def check_trial(trial: Trial, parameters: Parameters, family: str) -> None:
             f'trained. Keep it frozen: add "{unused[0]}" (or a pattern that covers it) to model.exclude'
         )
     if not _agrees(trial, parameters, signs, result):
-        raise _culprit(trial, parameters, family)
+        raise _culprit(trial, parameters, family, shared)
 
 
-def _perturbed(trial: Trial, parameters: Parameters, signs: TrialSigns, family: str) -> tuple[Tensor, set[str]]:
+def _perturbed(
+    trial: Trial, parameters: Parameters, signs: TrialSigns, family: str, shared: Collection[str]
+) -> tuple[Tensor, set[str]]:
     first = parameters[0][1]
     perturbation = FAMILIES[family](signs, probes=PROBES, epsilon=TRIAL_EPSILON, dtype=first.dtype, device=first.device)
     both = torch.arange(EXAMPLES_MAX).view(PROBES, 1, EXAMPLES).expand(-1, 2, -1).flatten()
-    with PerturbedForward(parameters, perturbation, rows=len(both)) as mode:
+    with PerturbedForward(parameters, perturbation, rows=len(both), shared=shared) as mode:
         result = trial(both)
-    return result.float() if result.dtype == torch.bfloat16 else result, mode.used
+    return result.float() if result.dtype in HALVES else result, mode.used
 
 
 def _agrees(trial: Trial, parameters: Parameters, signs: TrialSigns, result: Tensor) -> bool:
@@ -166,12 +179,12 @@ def _agrees(trial: Trial, parameters: Parameters, signs: TrialSigns, result: Ten
     return bool(difference <= tolerance**2 * effect + floor)
 
 
-def _culprit(trial: Trial, parameters: Parameters, family: str) -> ModelError:
+def _culprit(trial: Trial, parameters: Parameters, family: str, shared: Collection[str]) -> ModelError:
     """Find the first parameter whose own perturbation comes out wrong."""
     manifest = [entry for entry, _ in parameters]
     for entry in manifest:
         signs = TrialSigns(manifest, PROBES, only=entry.name)
-        result, _ = _perturbed(trial, parameters, signs, family)
+        result, _ = _perturbed(trial, parameters, signs, family, shared)
         if not _agrees(trial, parameters, signs, result):
             return ModelError(
                 f"the parameter {entry.name} cannot be perturbed: the model uses it in a way the engine does not "

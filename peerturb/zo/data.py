@@ -37,7 +37,7 @@ class Example:
     completion: str = ""
     """Scored continuation (`completion` only)."""
     label: str = ""
-    """Label value as text (`labels` only)."""
+    """Label value as text (`labels` and `classes` only)."""
     where: str
     """File and line, for messages."""
 
@@ -107,10 +107,11 @@ def _fill(fields: dict[str, Any], objective: ObjectiveSpec, where: str) -> Examp
         if not completion:
             raise DataError("the completion is empty")
         return Example(prompt=prompt, completion=completion, where=where)
-    if objective.kind == "labels":
+    if objective.kind in ("labels", "classes"):
         label = _text(fields, objective.label_field)
-        if label not in objective.labels:
-            raise DataError(f"label {label!r} is not one of {', '.join(map(repr, objective.labels))}")
+        known = objective.labels if objective.kind == "labels" else objective.classes
+        if label not in known:
+            raise DataError(f"label {label!r} is not one of {', '.join(map(repr, known))}")
         return Example(prompt=prompt, label=label, where=where)
     if not prompt.strip():
         raise DataError("the text is empty")

@@ -12,6 +12,9 @@ from peerturb.zo.objective import TokenSequence
 FORWARD_TOKENS = 4_096
 """Tokens in one forward; fixed, so that equal weights on one machine give equal figures."""
 
+CHOICES = ("labels", "classes")
+"""Kinds of objective with a right answer among few."""
+
 ANSWER_TOKENS_MAX = 48
 """Longest greedy continuation shown."""
 
@@ -23,7 +26,7 @@ class Evaluation:
     loss: float
     """Mean of the examples' losses."""
     accuracy: float | None
-    """Fraction whose most probable label is the right one, in [0, 1]; None without labels."""
+    """Fraction whose most probable label or class is the right one, in [0, 1]; None without any."""
     examples: int
 
 
@@ -33,9 +36,9 @@ class Answer:
 
     prompt: str
     answer: str
-    """The chosen label's words, or greedy text."""
+    """The chosen label's words, the chosen class, or greedy text."""
     expected: str
-    """The right label's words or the completion; empty for `text`."""
+    """The right label's words, the right class or the completion; empty for `text`."""
 
     @property
     def is_right(self) -> bool:
@@ -49,7 +52,7 @@ def evaluate(
 ) -> Evaluation | None:
     """Return loss and accuracy over all sequences, in their order of length; None if stopped before the end."""
     objective = runner.objective
-    has_labels = objective.spec.kind == "labels"
+    has_labels = objective.spec.kind in CHOICES
     order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index].tokens), index))
     total, right, done = 0.0, 0, 0
     while done < len(order):
@@ -69,14 +72,18 @@ def evaluate(
 
 @torch.inference_mode()
 def answers(runner: Runner, examples: Sequence[Example]) -> list[Answer]:
-    """Return the model's answers: the most probable label, or greedy text (for `text`: what follows its beginning)."""
+    """Return the model's answers: the most probable label or class, or greedy text (`text`: what follows)."""
     objective = runner.objective
-    if objective.spec.kind == "labels":
+    if objective.spec.kind in CHOICES:
         rows = runner.place(objective.rows(objective.encode(examples, source="the examples")))
         chosen = objective.scores(runner.logits(rows), rows).argmax(1).tolist()
-        words = [objective.spec.labels[value] for value in objective.label_values]
+        words = {value: objective.spec.labels.get(value, value) for value in objective.label_values}
         return [
-            Answer(prompt=example.prompt, answer=words[index], expected=objective.spec.labels[example.label])
+            Answer(
+                prompt=example.prompt,
+                answer=words[objective.label_values[index]],
+                expected=words[example.label],
+            )
             for example, index in zip(examples, chosen, strict=True)
         ]
     return [
@@ -89,6 +96,8 @@ def _continue(runner: Runner, prompt: str) -> str:
     """Greedy text after a prompt, within the objective's `tokens_max`."""
     objective = runner.objective
     ids = objective.prompt_tokens(prompt)
+    if runner.kind == "seq2seq":
+        return _write(runner, ids[: objective.spec.tokens_max])
     room = max(1, min(ANSWER_TOKENS_MAX, objective.spec.tokens_max // 2))
     ids = ids[-(objective.spec.tokens_max - room) :] or [0]
     end = objective.tokenizer.eos_token_id
@@ -103,3 +112,19 @@ def _continue(runner: Runner, prompt: str) -> str:
     # Decoding the whole and cutting keeps blanks between words that some tokenizers drop at the start of a text.
     whole = objective.tokenizer.decode(ids + said, skip_special_tokens=True)
     return str(whole)[len(str(start)) :]
+
+
+def _write(runner: Runner, ids: list[int]) -> str:
+    """Greedy text of an encoder-decoder that reads `ids`."""
+    objective = runner.objective
+    end = objective.tokenizer.eos_token_id
+    read = torch.tensor([ids], device=runner.device)
+    said: list[int] = []
+    for _ in range(min(ANSWER_TOKENS_MAX, objective.spec.tokens_max)):
+        written = torch.tensor([[objective.form.begin, *said]], device=runner.device)
+        logits = runner.model(input_ids=read, decoder_input_ids=written, use_cache=False).logits
+        token = int(logits[0, -1].argmax())
+        if token == end:
+            break
+        said.append(token)
+    return str(objective.tokenizer.decode(said, skip_special_tokens=True))

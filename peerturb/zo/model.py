@@ -1,4 +1,4 @@
-"""Load a Hugging Face causal language model and number its trainable tensors.
+"""Load a Hugging Face model of the kind an objective needs, and number its trainable tensors.
 
 Only safetensors weights are read and no code from a model repository is ever run. Knows nothing of probes or rounds.
 """
@@ -10,32 +10,67 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from peerturb.errors import ModelError
 from peerturb.manifest import DType, Manifest, Parameter
 from peerturb.spec import ModelSpec
 from peerturb.zo.digest import run_digest
+from peerturb.zo.experts import use_row_experts
+from peerturb.zo.heads import fill_new, is_new
+from peerturb.zo.kinds import ModelKind, Task, kind_for, positions_max
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """RunSpec `model.dtype` to torch."""
+
+BUILDERS: dict[ModelKind, Any] = {
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classes": AutoModelForSequenceClassification,
+}
+
+LANGUAGE_MODEL = Task()
+
+__all__ = [
+    "TORCH_DTYPES",
+    "base_digest",
+    "build_manifest",
+    "load_model",
+    "positions_max",
+    "prepare",
+    "trainable_weights",
+]
 
 FOLDER_MARKS = ("/", ".", "~")
 """A name that begins with one of these is a folder, never a hub name."""
 
 
 def load_model(
-    name_or_folder: str | Path, dtype: DType, *, device: str | torch.device = "cpu", revision: str | None = None
+    name_or_folder: str | Path,
+    dtype: DType,
+    *,
+    task: Task = LANGUAGE_MODEL,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer, ready for probes: evaluation mode, no gradients, every parameter in `dtype`.
 
     Args:
         name_or_folder: a local folder, or a hub name such as "org/model".
+        task: language model or classifier. A head that the files lack is made from the task's seed.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        ModelError: not found, not reachable, not a causal language model, weights or tokenizer missing or unreadable.
+        ModelError: not found, not reachable, of another kind, weights or tokenizer missing or unreadable.
     """
     source = _locate(name_or_folder)
     options: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
@@ -45,13 +80,14 @@ def load_model(
     if Path(source).is_dir():
         transformers_logging.disable_progress_bar()
     try:
-        _check_config(source, options)
-        model = _read_weights(source, dtype, options)
+        kind = kind_for(_read_config(source, options), task)
+        model = _read_weights(source, dtype, kind, task, options)
         tokenizer = _read_tokenizer(source, options)
     finally:
         transformers_logging.set_verbosity(shown)
         if bars:
             transformers_logging.enable_progress_bar()
+    _agree_on_padding(model, tokenizer)
     return prepare(model, dtype, device=device), tokenizer
 
 
@@ -67,6 +103,7 @@ def prepare(model: PreTrainedModel, dtype: DType, *, device: str | torch.device 
             parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
     model.config.dtype = TORCH_DTYPES[dtype]
     model.config.use_cache = False
+    use_row_experts(model)
     placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
     return placed
 
@@ -114,16 +151,6 @@ def base_digest(model: torch.nn.Module, dtype: DType) -> str:
     return run_digest(manifest, list(trainable_weights(model, manifest).values())).hex()
 
 
-def positions_max(model: PreTrainedModel) -> int | None:
-    """Return the longest sequence the model was made for, or None if its configuration does not say."""
-    config = model.config.get_text_config()
-    for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
-        value = getattr(config, field, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
 def _locate(name_or_folder: str | Path) -> str:
     text = str(name_or_folder)
     folder = Path(text).expanduser()
@@ -140,9 +167,9 @@ def _locate(name_or_folder: str | Path) -> str:
     return text
 
 
-def _check_config(source: str, options: dict[str, Any]) -> None:
+def _read_config(source: str, options: dict[str, Any]) -> Any:
     try:
-        AutoConfig.from_pretrained(source, **options)
+        return AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # the library raises many kinds; each means that the configuration cannot be used
         raise ModelError(
             f"cannot read the configuration of the model {source}: {_first_line(error)} "
@@ -150,24 +177,47 @@ def _check_config(source: str, options: dict[str, Any]) -> None:
         ) from error
 
 
-def _read_weights(source: str, dtype: DType, options: dict[str, Any]) -> PreTrainedModel:
+def _read_weights(source: str, dtype: DType, kind: ModelKind, task: Task, options: dict[str, Any]) -> PreTrainedModel:
+    if kind == "classes":
+        options = {**options, "num_labels": task.classes}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=TORCH_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
+        loaded: Any = BUILDERS[kind].from_pretrained(
+            source,
+            dtype=TORCH_DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except Exception as error:  # as above
         raise ModelError(f"cannot load the model {source}: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     notes: dict[str, Any] = loaded[1]
-    missing = sorted(notes.get("missing_keys") or ())
+    # Sizes that do not fit are allowed above only so that they can be named here.
+    broken = sorted(str(key) for key in notes.get("mismatched_keys") or ())
+    if broken:
+        hint = f"; is {task.classes} the number of its classes?" if kind == "classes" else ""
+        raise ModelError(f"the weights of {source} do not fit its configuration: {broken[0]}{hint}")
+    lacking = sorted(notes.get("missing_keys") or ())
+    new = [name for name in lacking if kind == "classes" and is_new(name, model.base_model_prefix)]
+    missing = [name for name in lacking if name not in new]
     if missing:
         raise ModelError(
             f"the weights of {source} lack {len(missing)} tensors, the first is {missing[0]}; the files are incomplete"
         )
-    broken = sorted(str(key) for key in notes.get("mismatched_keys") or ())
-    if broken:
-        raise ModelError(f"the weights of {source} do not fit its configuration: {broken[0]}")
+    fill_new(model, new, seed=task.seed)
+    if task.names:
+        model.config.id2label = dict(enumerate(task.names))
+        model.config.label2id = {name: number for number, name in enumerate(task.names)}
     return model
+
+
+def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let models and objectives without a padding token use one and the same: a classifier looks for it."""
+    config: Any = model.config.get_text_config()
+    if config.pad_token_id is None:
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        config.pad_token_id = model.config.pad_token_id = next(token for token in known if token is not None)
 
 
 def _read_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -2,23 +2,28 @@
 
 A sequence is scored on the tokens from `start` on. `text` scores every token that has one before it, `completion` the
 completion, `labels` each label's words after the prompt: the loss is the cross-entropy over the labels' total
-log-probabilities, the answer is the most probable label. Knows nothing of perturbations: rows are rows.
+log-probabilities, the answer is the most probable label. `classes` reads the whole prompt and takes the cross-entropy
+of a head's logits. An encoder-decoder reads the prompt and writes the completion or label. Knows nothing of
+perturbations: rows are rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peerturb.errors import DataError
 from peerturb.spec import ObjectiveSpec
 from peerturb.zo.data import Example, faults_message, read_examples
+from peerturb.zo.kinds import Form
+from peerturb.zo.perturbation import HALVES
+from peerturb.zo.rows import Rows, Tokens, TokenSequence, pad_causal, pad_seq2seq, pad_whole
 
 TEXT_BLOCK_CHARS = 100_000
 """Long texts are tokenised in blocks of about this size that end at a line end: some tokenizers are quadratic."""
@@ -29,59 +34,52 @@ SLICE_LOGITS = 2**18
 ANCHORS = ("\n", "a", ".", " ")
 """What a label is put behind to see its tokens in the middle of a text."""
 
-Tokens = NDArray[np.int32]
+CAUSAL = Form()
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenSequence:
-    """One example as the model reads it."""
-
-    tokens: Tokens
-    start: int
-    """First scored token; at least 1. For `labels` the tokens are the prompt alone and `start` is its length."""
-    answer: int = 0
-    """Index of the right label (`labels` only)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """A padded batch, `per_example` rows for each example (one, or one per label)."""
-
-    ids: Tensor
-    """[rows, tokens] int64, padded on the right: a causal model never looks there. A last token that is only a
-    target is left out."""
-    positions: Tensor | None
-    """[rows, scored] int64: where the logits that predict the targets stand. None: everywhere, in order."""
-    targets: Tensor
-    """[rows, scored] int64; for labels of one token each, the candidates: [rows, labels]."""
-    is_scored: Tensor
-    """[rows, scored] bool: False where padded."""
-    answers: Tensor
-    """[examples] int64: right label (`labels` only)."""
-    tokens: int
-    """Real tokens in `ids`, padding not counted."""
+__all__ = ["Objective", "Rows", "TokenSequence"]
 
 
 class Objective:
     """An objective bound to a tokenizer.
 
+    Args:
+        form: what kind of model it is for.
+
     Raises:
-        DataError: a label turns into no tokens, or two labels into the same ones.
+        DataError: a label turns into no tokens, or two labels into the same ones; the model is of another kind.
     """
 
     def __init__(
-        self, spec: ObjectiveSpec, tokenizer: PreTrainedTokenizerBase, *, positions_max: int | None = None
+        self,
+        spec: ObjectiveSpec,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        positions_max: int | None = None,
+        form: Form = CAUSAL,
     ) -> None:
+        _check_kind(spec, form)
         if positions_max is not None and spec.tokens_max > positions_max:
             raise DataError(
                 f"objective.tokens_max is {spec.tokens_max}, but the model has only {positions_max} positions"
             )
         self.spec = spec
         self.tokenizer = tokenizer
-        self.label_values = tuple(spec.labels)
+        self.form = form
+        self.label_values = spec.classes if spec.kind == "classes" else tuple(spec.labels)
         self.label_tokens = self._label_tokens() if spec.kind == "labels" else ()
         self.is_single_token = bool(self.label_tokens) and all(len(tokens) == 1 for tokens in self.label_tokens)
+        self.is_single_token &= form.kind == "causal"
         self.per_example = len(self.label_tokens) if self.label_tokens and not self.is_single_token else 1
+
+    @classmethod
+    def of(cls, spec: ObjectiveSpec, model: Any, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """Bind an objective to a loaded model and its tokenizer.
+
+        Raises:
+            DataError: see the class; besides, `tokens_max` exceeds the model's positions.
+        """
+        form = Form.of(model)
+        return cls(spec, tokenizer, positions_max=form.positions_max, form=form)
 
     def load(self, path: Path) -> list[TokenSequence]:
         """Read a file into sequences.
@@ -95,8 +93,10 @@ class Objective:
         """Tokenise examples; `source` is named in errors."""
         if self.spec.kind == "text":
             sequences = [piece for example in examples for piece in self._pieces(example.prompt)]
-        elif self.spec.kind == "labels":
+        elif self.spec.kind in ("labels", "classes"):
             sequences = self._prompts(examples)
+        elif self.form.kind == "seq2seq":
+            sequences = self._pairs(examples, source)
         else:
             sequences = self._completions(examples, source)
         if not sequences:
@@ -105,40 +105,45 @@ class Objective:
 
     def rows(self, sequences: Sequence[TokenSequence]) -> Rows:
         """Pad examples into a batch on the CPU."""
+        answers = torch.tensor([s.answer for s in sequences], dtype=torch.long)
+        if self.spec.kind == "classes":
+            return pad_whole([s.tokens for s in sequences], answers, self.form)
         if self.spec.kind == "labels":
-            return self._label_rows(sequences)
+            return self._label_rows(sequences, answers)
         spans = [(s.tokens, s.start) for s in sequences]
-        return _pad(spans, torch.zeros(len(sequences), dtype=torch.long))
+        return pad_seq2seq(spans, answers, self.form) if self.form.kind == "seq2seq" else pad_causal(spans, answers)
 
     def losses(self, logits: Tensor, rows: Rows) -> Tensor:
         """Return each example's loss: [examples]. Token losses are f32, their mean f64: the difference of two losses
         is a thousandth of either.
 
         Args:
-            logits: [rows, scored, vocabulary] at `rows.positions`.
+            logits: [rows, scored, vocabulary] at `rows.positions`, or [rows, classes].
         """
-        if self.spec.kind == "labels":
+        if self.spec.kind in ("labels", "classes"):
             return F.cross_entropy(self.scores(logits, rows).double(), rows.answers, reduction="none")
         chosen = _log_probabilities(logits, rows.targets).masked_fill(~rows.is_scored, 0.0)
         return -chosen.double().sum(1) / rows.is_scored.sum(1)
 
     def scores(self, logits: Tensor, rows: Rows) -> Tensor:
-        """Return the total log-probability of each label, up to a constant of the example: [examples, labels]."""
+        """Return the log-probability of each label or class, up to a constant of the example: [examples, labels]."""
+        if self.spec.kind == "classes":
+            return logits.float() if logits.dtype in HALVES else logits
         if self.is_single_token:
             return logits[:, 0].gather(1, rows.targets).float()
         chosen = _log_probabilities(logits, rows.targets).masked_fill(~rows.is_scored, 0.0)
         return chosen.sum(1).view(-1, self.per_example)
 
     def prompt_tokens(self, prompt: str) -> list[int]:
-        """Return a prompt's tokens, beginning included."""
-        return self._ids([prompt], is_start=True)[0]
+        """Return a prompt's tokens, beginning included; for an encoder the end too."""
+        return self._ids([prompt], is_start=True, is_end=self.form.kind != "causal")[0]
 
-    def _ids(self, texts: list[str], *, is_start: bool) -> list[list[int]]:
-        """Tokenise; `is_start` adds what the tokenizer puts before a text, never what it puts after one."""
+    def _ids(self, texts: list[str], *, is_start: bool, is_end: bool = False) -> list[list[int]]:
+        """Tokenise; `is_start` adds what the tokenizer puts before a text, `is_end` (then) what it puts after one."""
         if not texts:
             return []
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=is_start, verbose=False)["input_ids"]
-        if is_start:
+        if is_start and not is_end:
             tail = self._tail()
             ids = [row[: len(row) - tail] for row in ids]
         return ids
@@ -189,13 +194,38 @@ class Objective:
             raise DataError(faults_message(source, faults))
         return sequences
 
+    def _pairs(self, examples: Sequence[Example], source: str) -> list[TokenSequence]:
+        """Encode prompt and completion apart, each with the tokenizer's end, for an encoder-decoder."""
+        prompts = self._ids([example.prompt for example in examples], is_start=True, is_end=True)
+        sequences, faults = [], []
+        for example, prompt in zip(examples, prompts, strict=True):
+            written = self._written(example.completion)
+            if len(written) > self.spec.tokens_max:
+                faults.append(
+                    f"{example.where}: the completion has {len(written)} tokens, too long for "
+                    f"objective.tokens_max = {self.spec.tokens_max}"
+                )
+            elif not prompt or not written:
+                faults.append(f"{example.where}: the {'completion' if prompt else 'prompt'} turns into no tokens")
+            else:
+                kept = _shorten(prompt, len(self._head()), self.spec.tokens_max)
+                sequences.append(TokenSequence(tokens=_array(kept + written), start=len(kept)))
+        if faults:
+            raise DataError(faults_message(source, faults))
+        return sequences
+
+    def _written(self, text: str) -> list[int]:
+        """Tokens a decoder writes for a text: its own, and the tokenizer's end."""
+        head = len(self._head())
+        return self._ids([text], is_start=True, is_end=True)[0][head:]
+
     def _prompts(self, examples: Sequence[Example]) -> list[TokenSequence]:
         head = len(self._head())
-        room = self.spec.tokens_max - max(len(tokens) for tokens in self.label_tokens)
+        is_read = self.form.kind != "causal"  # by an encoder or a head, labels apart
+        room = self.spec.tokens_max - (0 if is_read else max(len(tokens) for tokens in self.label_tokens))
+        prompts = self._ids([example.prompt for example in examples], is_start=True, is_end=is_read)
         sequences, faults = [], []
-        for example, prompt in zip(
-            examples, self._ids([example.prompt for example in examples], is_start=True), strict=True
-        ):
+        for example, prompt in zip(examples, prompts, strict=True):
             if not prompt:
                 faults.append(f"{example.where}: the prompt turns into no tokens")
                 continue
@@ -209,7 +239,7 @@ class Objective:
     def _label_tokens(self) -> tuple[Tokens, ...]:
         found: dict[tuple[int, ...], str] = {}
         for value, words in self.spec.labels.items():
-            tokens = tuple(self._continuation(words))
+            tokens = tuple(self._written(words) if self.form.kind == "seq2seq" else self._continuation(words))
             if not tokens:
                 raise DataError(f"the words {words!r} of label {value!r} turn into no tokens")
             if tokens in found:
@@ -227,13 +257,12 @@ class Objective:
                 return after[len(before) :]
         return self._ids([text], is_start=False)[0]
 
-    def _label_rows(self, sequences: Sequence[TokenSequence]) -> Rows:
-        answers = torch.tensor([s.answer for s in sequences], dtype=torch.long)
+    def _label_rows(self, sequences: Sequence[TokenSequence], answers: Tensor) -> Rows:
         if not self.is_single_token:
             spans = [(np.concatenate([s.tokens, tail]), s.start) for s in sequences for tail in self.label_tokens]
-            return _pad(spans, answers)
+            return pad_seq2seq(spans, answers, self.form) if self.form.kind == "seq2seq" else pad_causal(spans, answers)
         # One row serves all labels; a stand-in for the scored token keeps the layout.
-        rows = _pad([(np.concatenate([s.tokens, self.label_tokens[0]]), s.start) for s in sequences], answers)
+        rows = pad_causal([(np.concatenate([s.tokens, self.label_tokens[0]]), s.start) for s in sequences], answers)
         candidates = torch.tensor([int(tokens[0]) for tokens in self.label_tokens])
         return replace(rows, targets=candidates.expand(len(sequences), -1), tokens=rows.tokens - len(sequences))
 
@@ -245,34 +274,22 @@ def _log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
     size = len(flat) if logits.device.type != "cpu" else max(1, SLICE_LOGITS // logits.shape[2])
     parts = []
     for part, index in zip(flat.split(size), wanted.split(size), strict=True):
-        wide = part.float() if part.dtype == torch.bfloat16 else part
+        wide = part.float() if part.dtype in HALVES else part
         parts.append(-F.cross_entropy(wide, index.squeeze(1), reduction="none"))
     return torch.cat(parts).view(targets.shape)
 
 
-def _pad(spans: list[tuple[Tokens, int]], answers: Tensor) -> Rows:
-    """Build a batch from (tokens, first scored token)."""
-    length = max(len(tokens) for tokens, _ in spans) - 1  # the last token is a target only
-    scored = max(len(tokens) - start for tokens, start in spans)
-    ids = np.zeros((len(spans), length), dtype=np.int64)
-    positions = np.zeros((len(spans), scored), dtype=np.int64)
-    targets = np.zeros((len(spans), scored), dtype=np.int64)
-    is_scored = np.zeros((len(spans), scored), dtype=np.bool_)
-    for row, (tokens, start) in enumerate(spans):
-        count = len(tokens) - start
-        ids[row, : min(length, len(tokens))] = tokens[:length]
-        positions[row, :count] = np.arange(start - 1, len(tokens) - 1)
-        targets[row, :count] = tokens[start:]
-        is_scored[row, :count] = True
-    is_everywhere = scored == length and all(start == 1 for _, start in spans)
-    return Rows(
-        ids=torch.from_numpy(ids),
-        positions=None if is_everywhere else torch.from_numpy(positions),
-        targets=torch.from_numpy(targets),
-        is_scored=torch.from_numpy(is_scored),
-        answers=answers,
-        tokens=sum(len(tokens) for tokens, _ in spans),
-    )
+def _check_kind(spec: ObjectiveSpec, form: Form) -> None:
+    if (spec.kind == "classes") != (form.kind == "classes"):
+        raise DataError(
+            f'objective.kind = "{spec.kind}" does not fit the model, which '
+            + ("has a classification head" if form.kind == "classes" else "has no classification head")
+        )
+    if form.kind == "seq2seq" and spec.kind == "text":
+        raise DataError(
+            'objective.kind = "text" scores the text a model reads, but an encoder-decoder is scored on what it '
+            'writes; use "completion" or "labels"'
+        )
 
 
 def _shorten(prompt: list[int], head: int, room: int) -> list[int]:

@@ -4,7 +4,7 @@ A handler performs the operation with the plain weights and adds what the pertur
 follow it refuses by the parameter's name. The bookkeeping is `Following`'s, that is `peerturb.zo.perturbed`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peerturb.manifest import Parameter
-from peerturb.zo.perturbation import Perturbation
+from peerturb.zo.experts import Routing, expert_bias, expert_linear
+from peerturb.zo.perturbation import HALVES, Perturbation
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,6 +28,8 @@ class Tracked:
     """A matrix seen through `.t()`."""
     rows: Tensor | None = None
     """For a derived vector: its perturbed value for every row, [probes, 2, 1, elements]."""
+    table: Tensor | None = None
+    """For rows of an embedding that all rows of the batch share: the perturbed ones, [rows, *shape]."""
 
 
 class Following(Protocol):
@@ -36,6 +39,7 @@ class Following(Protocol):
     rows: int
     head: Tensor | None
     positions: Tensor | None
+    shared: Collection[str]
 
     @property
     def perturbation(self) -> Perturbation:
@@ -48,7 +52,13 @@ class Following(Protocol):
         """Return what is known about one argument, and note its use."""
 
     def derive(
-        self, source: Tracked, tensor: Tensor, *, rows: Tensor | None = None, transposed: bool = False
+        self,
+        source: Tracked,
+        tensor: Tensor,
+        *,
+        rows: Tensor | None = None,
+        table: Tensor | None = None,
+        transposed: bool = False,
     ) -> Tensor:
         """Track a tensor computed from `source`."""
 
@@ -60,6 +70,10 @@ class Following(Protocol):
 
     def grouped(self, found: Tracked, value: Tensor, last: int) -> Tensor:
         """View an activation as [probes, 2, rest, last]."""
+
+    def groups(self, found: Tracked, routing: Routing) -> Tensor:
+        """Return 2 * probe + side of each routed pair."""
+        ...
 
     def refuse(self, found: Tracked, why: str) -> NoReturn:
         """Raise the error that names the parameter."""
@@ -126,7 +140,12 @@ def _correct(
         if bias is not None:
             mode.grouped(bias, y, rows).add_(mode.perturbation.vector(bias.parameter))
         return y
-    if weight.parameter.kind != "matrix" or weight.rows is not None or weight.tensor.dim() != 2:
+    if (
+        weight.parameter.kind != "matrix"
+        or weight.rows is not None
+        or weight.table is not None
+        or weight.tensor.dim() != 2
+    ):
         mode.refuse(weight, "multiplies by it as a matrix, which it is not")
     columns = x.shape[-1]
     mode.grouped(weight, y, rows)
@@ -146,18 +165,76 @@ def _embedding(mode: Following, func: Callable[..., Any], args: tuple[Any, ...],
         return func(*args, **kwargs)
     ids, weight = _signature(args, kwargs, "input", "weight")[:2]
     tracked = mode.track(weight)
-    if tracked is None or tracked.is_transposed or tracked.rows is not None or tracked.tensor.dim() != 2:
+    if tracked is None or tracked.is_transposed or tracked.rows is not None or tracked.table is not None:
         mode.refuse(found, "looks up rows of a tensor computed from it")
     settings = dict(zip(("padding_idx", "max_norm"), args[2:4], strict=False)) | kwargs
     if settings.get("max_norm") is not None:
         mode.refuse(tracked, "renormalises it while it looks up its rows (max_norm)")
-    if ids.dim() >= 2 and ids.shape[0] == 1:
+    is_shared = tracked.parameter.name in mode.shared
+    plain = F.embedding(ids, weight) if is_shared else None
+    if is_shared:
+        ids = ids.expand(mode.rows, *ids.shape)
+    elif ids.dim() >= 2 and ids.shape[0] == 1:
         ids = ids.expand(mode.rows, *ids.shape[1:])  # position numbers shared by all rows
     y = F.embedding(ids, weight)
     width = y.shape[-1]
     mode.grouped(tracked, ids, 1)
     flat = ids.reshape(mode.probes, -1)
     mode.perturbation.add_embedding(tracked.parameter, flat, y.view(mode.probes, -1, width))
+    return y if plain is None else mode.derive(tracked, plain, table=y)
+
+
+def _permute(mode: Following, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Another order of dimensions, followed for shared rows of an embedding."""
+    result = func(*args, **kwargs)
+    found = mode.find(args, kwargs)
+    if found is None:
+        return result
+    if found.table is None or kwargs:
+        mode.refuse(found, "permutes its dimensions")
+    dims = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+    dims = [dim % found.tensor.dim() + 1 for dim in dims]
+    return mode.derive(found, result, table=found.table.permute(0, *dims))
+
+
+def _unsqueeze(mode: Following, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A new first dimension for the batch: there the shared rows of an embedding become every row's own."""
+    found = mode.find(args, kwargs)
+    if found is None:
+        return func(*args, **kwargs)
+    if found.table is None or args[1:] != (0,) or kwargs:
+        mode.refuse(found, "adds a dimension to it")
+    return found.table
+
+
+def _expert_linear(mode: Following, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, routing = args
+    stray = mode.find((x,), {})
+    if stray is not None:
+        mode.refuse(stray, "routes a tensor computed from it to experts")
+    tracked = mode.track(weight)
+    y = func(*args, **kwargs)
+    if tracked is None:
+        return y
+    if tracked.parameter.kind != "stack" or tracked.tensor.dim() != 3 or tracked.rows is not None:
+        mode.refuse(tracked, "multiplies by it as a stack of matrices, which it is not")
+    groups, transposed = mode.groups(tracked, routing), bool(kwargs["is_transposed"])
+    mode.perturbation.add_experts(
+        tracked.parameter, x, y, groups=groups, experts=routing.experts, transposed=transposed
+    )
+    return y
+
+
+def _expert_bias(mode: Following, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    bias, routing = args
+    tracked = mode.track(bias)
+    y = func(*args)
+    if tracked is None:
+        return y
+    if tracked.parameter.kind != "matrix" or tracked.rows is not None:
+        mode.refuse(tracked, "adds its rows as the experts' biases, which they are not")
+    groups = mode.groups(tracked, routing)
+    mode.perturbation.add_expert_rows(tracked.parameter, y, groups=groups, ids=routing.experts)
     return y
 
 
@@ -201,9 +278,9 @@ def _affine(mode: Following, x: Tensor, weight: Any, scale: Tracked | None, bias
 def _scaled(mode: Following, found: Tracked, x: Tensor) -> Tensor:
     """x times a tracked vector."""
     grouped, vector = mode.grouped(found, x, found.parameter.elements), mode.vector(found)
-    if found.rows is not None or x.dtype != torch.bfloat16:
+    if found.rows is not None or x.dtype not in HALVES:
         return (grouped * vector).view(x.shape)
-    # The perturbed vector is f32: rounded to bfloat16, 1 + epsilon would be 1 again. Converting before the product is
+    # The perturbed vector is f32: in half precision 1 + epsilon would be 1 again. Converting before the product is
     # several times faster than a product of two types.
     return grouped.float().mul_(vector).to(x.dtype).view(x.shape)
 
@@ -295,6 +372,12 @@ HANDLERS: dict[Callable[..., Any], Handler] = {
     Tensor.transpose: _transpose,
     torch.t: _transpose,
     torch.transpose: _transpose,
+    Tensor.permute: _permute,
+    torch.permute: _permute,
+    Tensor.unsqueeze: _unsqueeze,
+    torch.unsqueeze: _unsqueeze,
+    expert_linear: _expert_linear,
+    expert_bias: _expert_bias,
     Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
     **dict.fromkeys((*PRODUCTS, *SUMS), _elementwise),
 }

@@ -18,6 +18,9 @@ TABLE_BYTES_MAX = 2**23
 
 Side = Literal["left", "right"]
 
+HALVES = (torch.bfloat16, torch.float16)
+"""Types of which a perturbation may be too small a part to survive a sum: what can be is added in f32."""
+
 
 class Signs(Protocol):
     """Where the signs of the micro-batch's probes come from; int8 tensors of +1 and -1."""
@@ -62,7 +65,7 @@ class Perturbation:
         self.probes = probes
         self.dtype = dtype
         self.device = device
-        self._exact = torch.float32 if dtype == torch.bfloat16 else dtype
+        self._exact = torch.float32 if dtype in HALVES else dtype
         self._steps = torch.tensor([epsilon, -epsilon], dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
 
@@ -71,7 +74,7 @@ class Perturbation:
         return self._steps if parameter.exponent == 0 else self._steps * 2.0**parameter.exponent
 
     def vector(self, parameter: Parameter) -> Tensor:
-        """Return the perturbation of a vector for every row: [probes, 2, 1, elements], f32 in bfloat16 models."""
+        """Return the perturbation of a vector for every row: [probes, 2, 1, elements], f32 in half-precision models."""
         delta = self._vectors.get(parameter.index)
         if delta is None:
             signs = self.signs.left(parameter).to(device=self.device, dtype=self._exact)
@@ -97,6 +100,24 @@ class Perturbation:
             ids: [probes, rest].
             y: [probes, rest, columns], contiguous.
         """
+        raise NotImplementedError
+
+    def add_experts(
+        self, parameter: Parameter, x: Tensor, y: Tensor, *, groups: Tensor, experts: Tensor, transposed: bool
+    ) -> None:
+        """Add each pair's product with its expert's perturbation to y, in place.
+
+        Args:
+            x: [pairs, columns].
+            y: [pairs, rows].
+            groups: [pairs] int64: 2 * probe + side, side 0 for +epsilon.
+            experts: [pairs] int64.
+            transposed: the model stores its matrices as [in, out].
+        """
+        raise NotImplementedError
+
+    def add_expert_rows(self, parameter: Parameter, y: Tensor, *, groups: Tensor, ids: Tensor) -> None:
+        """Add row `ids` of a matrix's perturbation to each pair of y [pairs, columns], in place; see `add_experts`."""
         raise NotImplementedError
 
 
@@ -140,7 +161,7 @@ class RankOne(Perturbation):
         # b as a row times xT runs several times faster on CPUs than x times b as a column.
         dots = torch.bmm(self._factor(parameter, right)[:, None, :], x.transpose(1, 2)).view(2 * self.probes, -1, 1)
         row, sides = self._stepped_factor(parameter, left), y.view(2 * self.probes, -1, y.shape[2])
-        if bias is None or y.dtype != torch.bfloat16:
+        if bias is None or y.dtype not in HALVES:
             add_outer(sides, dots, row)
             if bias is not None:
                 y.view(self.probes, 2, -1, y.shape[2]).add_(self.vector(bias))
@@ -152,6 +173,23 @@ class RankOne(Perturbation):
         """See the base class."""
         picked = self._factor(parameter, "left").gather(1, ids).view(2 * self.probes, -1, 1)
         add_outer(y.view(2 * self.probes, -1, y.shape[2]), picked, self._stepped_factor(parameter, "right"))
+
+    def add_experts(
+        self, parameter: Parameter, x: Tensor, y: Tensor, *, groups: Tensor, experts: Tensor, transposed: bool
+    ) -> None:
+        """See the base class. Each pair picks its expert's factors."""
+        right: Side = "left" if transposed else "right"
+        left: Side = "right" if transposed else "left"
+        probes, matrices = groups // 2, parameter.stacked[0]
+        factor = self._factor(parameter, right).unflatten(1, (matrices, -1))[probes, experts]
+        dots = factor.mul_(x).sum(1, keepdim=True)  # products with signs are exact
+        dots *= self.steps(parameter)[groups % 2, None]
+        y.addcmul_(dots, self._factor(parameter, left).unflatten(1, (matrices, -1))[probes, experts])
+
+    def add_expert_rows(self, parameter: Parameter, y: Tensor, *, groups: Tensor, ids: Tensor) -> None:
+        """See the base class."""
+        picked = self._factor(parameter, "left")[groups // 2, ids] * self.steps(parameter)[groups % 2]
+        y.addcmul_(picked[:, None], self._factor(parameter, "right")[groups // 2])
 
 
 class Dense(Perturbation):
@@ -187,10 +225,34 @@ class Dense(Perturbation):
             picked = self._matrix(parameter, probe)[ids[probe]].view(2, -1, y.shape[-1])
             y[probe].view(picked.shape).add_(picked * self.steps(parameter)[:, None, None])
 
+    def add_experts(
+        self, parameter: Parameter, x: Tensor, y: Tensor, *, groups: Tensor, experts: Tensor, transposed: bool
+    ) -> None:
+        """See the base class. One product for each probe and expert that meet."""
+        scaled = x * self.steps(parameter)[groups % 2, None]
+        matrices, rows, columns = parameter.stacked
+        keys, order = torch.sort(groups // 2 * matrices + experts, stable=True)
+        met, counts = torch.unique_consecutive(keys, return_counts=True)
+        begin, last = 0, -1
+        for key, count in zip(met.tolist(), counts.tolist(), strict=True):
+            probe, expert = divmod(key, matrices)
+            if probe != last:
+                z, last = self._matrix(parameter, probe).view(matrices, rows, columns), probe
+            pairs = order[begin : begin + count]
+            y[pairs] = torch.addmm(y[pairs], scaled[pairs], z[expert] if transposed else z[expert].t())
+            begin += count
+
+    def add_expert_rows(self, parameter: Parameter, y: Tensor, *, groups: Tensor, ids: Tensor) -> None:
+        """See the base class."""
+        steps = self.steps(parameter)[groups % 2, None]
+        for probe in range(self.probes):
+            pairs = (groups // 2 == probe).nonzero().flatten()
+            y[pairs] += self._matrix(parameter, probe)[ids[pairs]] * steps[pairs]
+
 
 def add_outer(y: Tensor, column: Tensor, row: Tensor) -> None:
     """y += column * row for [p, k, m], [p, k, 1], [p, 1, m], by the faster of two equal ways (measured on CPUs)."""
-    if y.dtype == torch.bfloat16:
+    if y.dtype in HALVES:
         y.baddbmm_(column, row)  # accumulates in f32 and rounds once
     else:
         y.addcmul_(column, row)

@@ -6,7 +6,7 @@ operation that takes a trainable parameter is carried out with the plain weights
 unperturbed in silence; `peerturb.zo.coverage` checks besides, before training, that the result is right.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from peerturb.errors import ModelError
 from peerturb.manifest import Parameter
+from peerturb.zo.experts import Routing
 from peerturb.zo.operations import HANDLERS, Tracked
 from peerturb.zo.perturbation import Perturbation
 
@@ -28,6 +29,7 @@ class PerturbedForward(TorchFunctionMode):
         rows: rows of the batch, a multiple of 2 * probes.
         head: the output embedding; where it is applied, only `positions` of each row are kept.
         positions: [rows, kept] indices of the tokens whose logits are wanted, or None for all.
+        shared: names of embeddings looked up once for all rows (`peerturb.zo.coverage.shared_tables`).
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class PerturbedForward(TorchFunctionMode):
         rows: int,
         head: Tensor | None = None,
         positions: Tensor | None = None,
+        shared: Collection[str] = (),
     ) -> None:
         super().__init__()
         if parameters and perturbation is None:
@@ -47,6 +50,7 @@ class PerturbedForward(TorchFunctionMode):
         self.rows = rows
         self.head = head
         self.positions = positions
+        self.shared = shared
         self.used: set[str] = set()
         """Names of the parameters met so far."""
         self.has_kept = False
@@ -96,12 +100,18 @@ class PerturbedForward(TorchFunctionMode):
         return found
 
     def derive(
-        self, source: Tracked, tensor: Tensor, *, rows: Tensor | None = None, transposed: bool = False
+        self,
+        source: Tracked,
+        tensor: Tensor,
+        *,
+        rows: Tensor | None = None,
+        table: Tensor | None = None,
+        transposed: bool = False,
     ) -> Tensor:
         """Track `tensor`, computed from `source`."""
         if tensor is not source.tensor:
             self._tracked[id(tensor)] = Tracked(
-                parameter=source.parameter, tensor=tensor, is_transposed=transposed, rows=rows
+                parameter=source.parameter, tensor=tensor, is_transposed=transposed, rows=rows, table=table
             )
         return tensor
 
@@ -127,6 +137,16 @@ class PerturbedForward(TorchFunctionMode):
         if value.dim() == 0 or value.shape[0] == 0 or value.shape[0] % self.rows or value.shape[-1] % last:
             self.refuse(found, f"meets an activation of shape {tuple(value.shape)}, whose rows cannot be told apart")
         return value.reshape(self.probes, 2, -1, last)
+
+    def groups(self, found: Tracked, routing: Routing) -> Tensor:
+        """Return 2 * probe + side of each routed pair: [pairs].
+
+        Raises:
+            ModelError: the tokens are not those of the batch's rows.
+        """
+        if routing.tokens_total % self.rows:
+            self.refuse(found, f"routes {routing.tokens_total} tokens, which are not those of {self.rows} rows")
+        return routing.tokens // (routing.tokens_total // (2 * self.probes))
 
     def refuse(self, found: Tracked, why: str) -> NoReturn:
         """Raise the error that names the parameter and the remedy."""

@@ -132,7 +132,8 @@ class ProbeEngine(Generic[Item]):
     def __init__(
         self, evaluator: Evaluator[Item], spec: RunSpec, items: Sequence[Item], *, rows_max: int | None = None
     ) -> None:
-        check_trial(evaluator.trial, evaluator.parameters, spec.perturbation.family)
+        shared: frozenset[str] = getattr(evaluator, "shared", frozenset())
+        check_trial(evaluator.trial, evaluator.parameters, spec.perturbation.family, shared=shared)
         self.spec = spec
         self.evaluator = evaluator
         self.items = items

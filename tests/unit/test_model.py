@@ -2,16 +2,25 @@
 
 import json
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from peerturb.errors import ModelError
 from peerturb.manifest import manifest_digest
-from peerturb.spec import ModelSpec
+from peerturb.rng import philox
+from peerturb.spec import ModelSpec, ObjectiveSpec
+from peerturb.zo.heads import initial_values
+from peerturb.zo.kinds import Task
 from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
+from peerturb.zo.objective import Objective
+from peerturb_node.cli import model as model_command
 from tests.zo_models import byte_tokenizer, manifest_of, one_thread, small_model
 
 __all__ = ["one_thread"]
@@ -143,8 +152,6 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
 
 
 def test_incomplete_weights_are_not_filled_with_noise(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -195,3 +202,111 @@ def test_shared_models_load(shared: Path, tmp_path: Path) -> None:
         first, _ = load_model(shared / "models" / name, "bfloat16")
         second, _ = load_model(str(tmp_path / name), "bfloat16")
         assert base_digest(first, "bfloat16") == base_digest(second, "bfloat16")
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A bare encoder: no classification head, no pooler."""
+    model = small_model("bert", kind="classes").bert
+    model.pooler = None
+    model.save_pretrained(tmp_path / "encoder")
+    byte_tokenizer().save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_a_head_that_is_lacking_follows_from_the_seed_alone(encoder: Path) -> None:
+    torch.manual_seed(1)
+    first, _ = load_model(encoder, "float32", task=Task(classes=3, seed=7))
+    torch.manual_seed(2)
+    second, _ = load_model(encoder, "float32", task=Task(classes=3, seed=7))
+    assert base_digest(first, "float32") == base_digest(second, "float32")
+    other, _ = load_model(encoder, "float32", task=Task(classes=3, seed=8))
+    assert base_digest(first, "float32") != base_digest(other, "float32")
+    named = dict(first.named_parameters())
+    # New tensors by name: pooler bias and weight, classifier bias and weight.
+    new = ("bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight")
+    for number, name in enumerate(new):
+        expected = torch.zeros(named[name].shape)
+        if name.endswith("weight"):
+            expected = initial_values(named[name].shape, seed=7, tensor=number)
+        assert torch.equal(named[name], expected)
+    words = "embeddings.word_embeddings.weight"
+    assert torch.equal(named[f"bert.{words}"], load_file(encoder / "model.safetensors")[words])
+
+
+def test_initial_values_are_the_documented_ones() -> None:
+    """Section 9 of docs/numerics.md, written out with integers and exact fractions."""
+    seed, tensor = (5 << 40) + 3, 2
+    values = initial_values((3, 3), seed=seed, tensor=tensor).flatten().tolist()
+    words = philox(np.arange(3), 0xFFFFFFFD, tensor, 0, key=(seed & 0xFFFFFFFF, seed >> 32)).flatten().tolist()
+    bound = Fraction(float(np.float32(0.02 * 3**0.5)))
+    for value, word in zip(values, words, strict=False):
+        exact = (2 * Fraction(word >> 9) + 1 - 2**23) / 2**23 * bound
+        assert value == float(np.float32(float(exact)))
+    many = initial_values((200, 200), seed=0, tensor=0)
+    assert abs(float(many.std()) - 0.02) < 2e-4
+    assert abs(float(many.mean())) < 4e-4
+
+
+def test_a_head_of_the_files_is_kept(tmp_path: Path) -> None:
+    model = small_model("roberta", kind="classes")
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, "float32", task=Task(classes=3, seed=7))
+    name = "classifier.out_proj.weight"
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))
+    with pytest.raises(ModelError, match=r"classifier.*5 the number of its classes"):
+        load_model(tmp_path, "float32", task=Task(classes=5))
+
+
+def test_an_incomplete_encoder_is_not_filled(encoder: Path) -> None:
+    tensors = load_file(encoder / "model.safetensors")
+    tensors.pop("encoder.layer.1.output.dense.weight")
+    save_file(tensors, encoder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layer\.1\.output\.dense\.weight"):
+        load_model(encoder, "float32", task=Task(classes=3))
+
+
+def test_an_encoder_is_refused_as_a_language_model(encoder: Path) -> None:
+    with pytest.raises(ModelError, match=r"encoder \(bert\).*classes"):
+        load_model(encoder, "float32")
+
+
+def test_seq2seq_folders_load(tmp_path: Path) -> None:
+    model = small_model("t5", kind="seq2seq")
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded, tokenizer = load_model(tmp_path, "bfloat16")
+    assert type(loaded).__name__ == "T5ForConditionalGeneration"
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    spec = ObjectiveSpec(kind="completion", completion="{a}", tokens_max=16)
+    assert Objective.of(spec, loaded, tokenizer).form.begin == 1
+
+
+def test_a_classifier_without_padding_token_gets_the_tokenizers(tmp_path: Path) -> None:
+    model = small_model("llama", kind="classes")
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, "float32", task=Task(classes=3))
+    assert loaded.config.pad_token_id == byte_tokenizer().pad_token_id
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_expert_stacks_survive_saving_and_loading(name: str, tmp_path: Path) -> None:
+    model = small_model(name)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, "float32")
+    assert base_digest(loaded, "float32") == base_digest(model, "float32")
+    assert "peerturb" not in (tmp_path / "config.json").read_text()
+    assert "stack" in {entry.kind for entry in manifest_of(loaded)}
+
+
+def test_the_command_prints_a_classifiers_digest(encoder: Path) -> None:
+    found = CliRunner().invoke(model_command.app, [str(encoder), "--classes", "3", "--seed", "7"])
+    assert found.exit_code == 0, found.output
+    digest = base_digest(load_model(encoder, "float32", task=Task(classes=3, seed=7))[0], "float32")
+    assert f'digest = "{digest}"' in found.output
+    assert "BertForSequenceClassification" in found.output
+    assert "3 classes and seed = 7" in found.output

@@ -22,6 +22,9 @@ def doctor(
     fields: Annotated[str | None, typer.Option(metavar="FIELD=COLUMN,...", help="Names of the fields.")] = None,
     template: Annotated[str | None, typer.Option(help="Template for this data, instead of the RunSpec's.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch decides.")] = 0,
+    compute_dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type in which losses are computed.")
+    ] = "auto",
     skip_speed: Annotated[bool, typer.Option("--skip-speed", help="Do not measure probes per second.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of checks.")] = False,
 ) -> None:
@@ -45,6 +48,7 @@ def doctor(
         "fields": fields,
         "template": template,
         "threads": threads,
+        "compute_dtype": compute_dtype,
     }
     settings = settings_module.load(flags)
 

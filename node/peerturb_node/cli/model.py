@@ -23,17 +23,24 @@ def model(
         list[str] | None, typer.Option(metavar="PATTERN", help="Names that stay frozen (*, ?); may be repeated.")
     ] = None,
     label: Annotated[str | None, typer.Option(help="Name to write into RUN.toml.", show_default="the argument")] = None,
+    classes: Annotated[
+        int, typer.Option(min=0, help='Classes of a classification head (objective.kind = "classes"); 0: none.')
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The RunSpec's seed: a head the model lacks follows from it.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print a model's digest, its trainable tensors, and a ready section `model` for RUN.toml."""
     from peerturb.errors import SpecError
     from peerturb.manifest import manifest_digest
     from peerturb.spec import ModelSpec
+    from peerturb.zo.kinds import Task
     from peerturb.zo.model import base_digest, build_manifest, load_model
 
     if dtype not in ("float32", "bfloat16"):
         raise SpecError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
-    loaded, _ = load_model(name, dtype)  # type: ignore[arg-type]
+    if classes == 1:
+        raise SpecError("--classes 1: a classification head needs at least two")
+    loaded, _ = load_model(name, dtype, task=Task(classes=classes, seed=seed))  # type: ignore[arg-type]
     digest = base_digest(loaded, dtype)  # type: ignore[arg-type]
     shown_name = label or (Path(name).name if Path(name).expanduser().is_dir() else name)
     spec = ModelSpec(name=shown_name, digest=digest, dtype=dtype, exclude=tuple(exclude or ()))
@@ -42,6 +49,8 @@ def model(
         typer.echo(json.dumps(_document(spec, manifest, manifest_digest(manifest), type(loaded).__name__), indent=2))
         return
     _show(spec, manifest, type(loaded).__name__)
+    if classes:
+        typer.echo(f'\nThe digest holds for objective.kind = "classes" with {classes} classes and seed = {seed}')
 
 
 def _document(spec: "ModelSpec", manifest: "Manifest", digest: bytes, kind: str) -> dict[str, Any]:

@@ -46,6 +46,15 @@ def run(
             help="Most sequences in one pass, fewer need less memory; 0: the engine decides.", show_default="0"
         ),
     ] = None,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|float32|bfloat16|float16",
+            help="Type in which losses are computed. One other than the weights' costs memory for a cast copy of them "
+            "(2 or 4 bytes a parameter); auto: theirs, float16 on a GPU without bfloat16.",
+            show_default="auto",
+        ),
+    ] = None,
     probes: Annotated[
         int | None, typer.Option(help="Most probes a round; 0: the RunSpec's maximum.", show_default="0")
     ] = None,

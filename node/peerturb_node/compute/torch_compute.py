@@ -16,9 +16,12 @@ from peerturb.zo.checkpoint import CheckpointInfo, load_checkpoint, save_checkpo
 from peerturb.zo.digest import run_digest
 from peerturb.zo.evaluate import evaluate
 from peerturb.zo.export import export_model
-from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
+from peerturb.zo.kinds import Task
+from peerturb.zo.model import TORCH_DTYPES, base_digest, build_manifest, load_model, trainable_weights
 from peerturb.zo.objective import Objective
 from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.resolution import epsilon_warning
+from peerturb.zo.shadow import Shadow, compute_dtype
 from peerturb.zo.update import apply_update
 from peerturb_node.compute.base import HeldOut, Measured
 from peerturb_node.data import local_objective
@@ -27,6 +30,10 @@ from peerturb_node.settings import NodeSettings
 
 class TorchCompute:
     """Model, private data and held-out data on one device.
+
+    Attributes:
+        compute_dtype: type in which losses are computed.
+        warning: what the operator should know about epsilon, or None.
 
     Raises:
         ModelError: the model cannot be loaded or perturbed.
@@ -46,7 +53,7 @@ class TorchCompute:
         self._spec = spec
         self.source = settings.model or spec.model.name
         self.device = choose_device(settings.device)
-        self._model, self._tokenizer = load_model(self.source, spec.model.dtype, device=self.device)
+        self._model, self._tokenizer = load_model(self.source, spec.model.dtype, task=Task.of(spec), device=self.device)
         digest = base_digest(self._model, spec.model.dtype)
         if digest != spec.model.digest:
             raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, self.source, digest))
@@ -54,11 +61,14 @@ class TorchCompute:
         self.manifest = build_manifest(self._model, spec.model)
         self._named = trainable_weights(self._model, self.manifest)
         self._weights = list(self._named.values())
-        objective = Objective(
-            local_objective(spec.objective, settings), self._tokenizer, positions_max=positions_max(self._model)
-        )
+        dtype = compute_dtype(settings.compute_dtype, spec.model.dtype, self.device)
+        self._shadow = None if dtype == TORCH_DTYPES[spec.model.dtype] else Shadow(self._model, dtype)
+        self.compute_dtype = str(dtype).removeprefix("torch.")
+        objective = Objective.of(local_objective(spec.objective, settings), self._model, self._tokenizer)
         sequences = objective.load(settings.data.expanduser())
-        self._runner = Runner(self._model, self.manifest, objective)
+        evaluated = self._model if self._shadow is None else self._shadow.model
+        self._runner = Runner(evaluated, self.manifest, objective)
+        self.warning = epsilon_warning(self._runner.parameters, spec.perturbation.epsilon, dtype)
         self._engine = ProbeEngine(self._runner, spec, sequences, rows_max=settings.rows or None)
         self._held_out = objective.load(settings.eval.expanduser()) if settings.eval is not None else []
         self.has_held_out = bool(self._held_out)
@@ -78,6 +88,7 @@ class TorchCompute:
             codes=sealed.codes,
             alpha=sealed.alpha,
         )
+        self._changed()
         self.rounds += 1
 
     def digest(self) -> bytes:
@@ -86,6 +97,7 @@ class TorchCompute:
 
     def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured:
         """Measure probes, encode; end early when cancelled or when the RunSpec's time budget is spent."""
+        self._refresh()
         budget_s = self._spec.round.budget_ms / 1e3
         end_s = time.monotonic() + budget_s if budget_s else float("inf")
         result = self._engine.contribute(
@@ -101,6 +113,7 @@ class TorchCompute:
         """Return loss (and accuracy) on the held-out sequences."""
         if not self._held_out:
             return None
+        self._refresh()
         result = evaluate(self._runner, self._held_out, should_stop=is_cancelled)
         if result is None:
             return None
@@ -108,12 +121,13 @@ class TorchCompute:
 
     def reset(self) -> None:
         """Load the base weights again, into the same tensors."""
-        fresh, _ = load_model(self.source, self._spec.model.dtype)
+        fresh, _ = load_model(self.source, self._spec.model.dtype, task=Task.of(self._spec))
         if base_digest(fresh, self._spec.model.dtype) != self._spec.model.digest:
             raise ModelError(f"the base weights in {self.source} have changed since the node started")
         source = trainable_weights(fresh, self.manifest).values()
         for weight, base in zip(self._weights, source, strict=True):
             weight.copy_(base)
+        self._changed()
         self.rounds = 0
 
     def save(self, path: Path, *, position: int, chain: bytes) -> None:
@@ -136,6 +150,7 @@ class TorchCompute:
             spec_digest=self._spec.digest.hex(),
             base_digest=self.base_digest.hex(),
         )
+        self._changed()
         self.rounds = info.round
         return self.rounds
 
@@ -145,6 +160,15 @@ class TorchCompute:
 
     def close(self) -> None:
         """Nothing is held beyond memory."""
+
+    def _changed(self) -> None:
+        if self._shadow is not None:
+            self._shadow.expire()
+
+    def _refresh(self) -> None:
+        """Only before losses are computed: a replay of many rounds casts once."""
+        if self._shadow is not None:
+            self._shadow.refresh()
 
 
 def choose_device(name: str) -> torch.device:

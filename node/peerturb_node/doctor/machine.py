@@ -18,10 +18,14 @@ _LOG_BYTES = 64 * 1024 * 1024
 """Room for a local log: 64 MiB are 100 000 rounds of 600 codes."""
 
 
-def memory_needed(spec: RunSpec, parameters: int, vocabulary: int, width: int) -> int:
-    """Estimate what a node needs: weights, one pass of activations and logits, the program itself."""
+def memory_needed(spec: RunSpec, parameters: int, vocabulary: int, width: int, *, copy_bytes: int = 0) -> int:
+    """Estimate what a node needs: weights, one pass of activations and logits, the program itself.
+
+    Args:
+        copy_bytes: bytes a parameter of a copy in another type (`--compute-dtype`); 0: none.
+    """
     itemsize = 4 if spec.model.dtype == "float32" else 2
-    weights = parameters * itemsize
+    weights = parameters * (itemsize + copy_bytes)
     # A handful of activations and one set of logits are alive at once.
     activations = _FORWARD_TOKENS * (16 * width + 2 * vocabulary) * 4
     update = 2**26

@@ -29,7 +29,9 @@ class Replica:
         try:
             import torch
 
-            from peerturb.zo.model import load_model
+            from peerturb.zo.kinds import Task
+            from peerturb.zo.model import TORCH_DTYPES, load_model
+            from peerturb.zo.shadow import Shadow, compute_dtype
             from peerturb_node.compute.torch_compute import choose_device
         except ImportError as error:
             yield fail("model", f"{error.name} is not installed", 'pip install "peerturb[node]"')
@@ -41,7 +43,7 @@ class Replica:
         try:
             device = choose_device(settings.device)
             started_s = time.perf_counter()
-            model, tokenizer = load_model(source, spec.model.dtype, device=device)
+            model, tokenizer = load_model(source, spec.model.dtype, task=Task.of(spec), device=device)
         except PeerturbError as error:
             yield fail("model", str(error), "check the name, or give the model's folder with --model")
             for name in ("base weights", "engine", "data", "memory", "compiled loops", "disk", "speed"):
@@ -50,19 +52,25 @@ class Replica:
         seconds = time.perf_counter() - started_s
         yield ok("model", f"{source} loaded on {device} in {seconds:.1f} s ({spec.model.dtype})")
         yield self._base_weights(model, source)
-        manifest, check = self._engine(model)
+        dtype = compute_dtype(settings.compute_dtype, spec.model.dtype, device)
+        is_cast = dtype != TORCH_DTYPES[spec.model.dtype]
+        evaluated = Shadow(model, dtype).model if is_cast else model
+        manifest, check = self._engine(model, evaluated)
         yield check
         engine = None
         if manifest is not None:
-            engine, check = self._data(model, tokenizer, manifest)
+            engine, check = self._data(evaluated, tokenizer, manifest)
             yield check
+            yield self._epsilon(evaluated, manifest)
         else:
             yield skip("data", "the model cannot be trained")
         parameters = sum(parameter.numel() for parameter in model.parameters())
         embedding: Any = model.get_input_embeddings().weight
         vocabulary, width = embedding.shape
         if device.type == "cpu":
-            yield check_memory(memory_needed(spec, parameters, vocabulary, width), is_loaded=True)
+            copy_bytes = dtype.itemsize if is_cast else 0
+            needed = memory_needed(spec, parameters, vocabulary, width, copy_bytes=copy_bytes)
+            yield check_memory(needed, is_loaded=True)
         else:
             free, total = torch.cuda.mem_get_info(device)
             yield ok("memory", f"{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free on {device}, the model loaded")
@@ -82,13 +90,25 @@ class Replica:
             "get the same model (and revision), or name its folder with --model",
         )
 
-    def _engine(self, model: Any) -> tuple[Manifest | None, Check]:
+    def _epsilon(self, evaluated: Any, manifest: Manifest) -> Check:
+        from peerturb.zo.resolution import epsilon_warning
+
+        named = dict(evaluated.named_parameters(remove_duplicate=False))
+        pairs = [(entry, named[entry.name]) for entry in manifest]
+        epsilon, dtype = self.spec.perturbation.epsilon, pairs[0][1].dtype
+        warning = epsilon_warning(pairs, epsilon, dtype)
+        if warning is None:
+            return ok("epsilon", f"{epsilon:g} shows in {str(dtype).removeprefix('torch.')}")
+        remedy = "the run's operator may choose a larger perturbation.epsilon; here --compute-dtype float32 helps"
+        return Check(name="epsilon", outcome="ok", found=f"warning: {warning}", remedy=remedy)
+
+    def _engine(self, model: Any, evaluated: Any) -> tuple[Manifest | None, Check]:
         from peerturb.zo.coverage import check_coverage
         from peerturb.zo.model import build_manifest
 
         try:
             manifest = build_manifest(model, self.spec.model)
-            check_coverage(model, manifest, self.spec.perturbation.family)
+            check_coverage(evaluated, manifest, self.spec.perturbation.family)
         except ModelError as error:
             return None, fail("engine", str(error), "the run's operator must exclude that parameter (model.exclude)")
         total = sum(entry.elements for entry in manifest)
@@ -96,7 +116,6 @@ class Replica:
 
     def _data(self, model: Any, tokenizer: Any, manifest: Manifest) -> tuple[Any, Check]:
         from peerturb.zo.batch import Runner
-        from peerturb.zo.model import positions_max
         from peerturb.zo.objective import Objective
         from peerturb.zo.probe import ProbeEngine
         from peerturb_node.data import local_objective
@@ -105,9 +124,7 @@ class Replica:
         if settings.data is None:
             return None, skip("data", "no --data given")
         try:
-            objective = Objective(
-                local_objective(self.spec.objective, settings), tokenizer, positions_max=positions_max(model)
-            )
+            objective = Objective.of(local_objective(self.spec.objective, settings), model, tokenizer)
             sequences = objective.load(settings.data.expanduser())
             runner = Runner(model, manifest, objective)
             engine = ProbeEngine(runner, self.spec, sequences, rows_max=settings.rows or None)

@@ -1,0 +1,113 @@
+"""The kinds of transformers models a run can train, and what an objective must know of each. Knows no weights."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from peerturb.errors import ModelError
+from peerturb.spec import RunSpec
+
+ModelKind = Literal["causal", "seq2seq", "classes"]
+"""`causal`: a decoder that predicts the next token; `seq2seq`: an encoder reads, a decoder writes; `classes`: a head
+turns a whole sequence into one logit a class."""
+
+SHARED_TABLE = "relative_attention_bias"
+"""How transformers names embeddings of relative positions, which are looked up once for all rows of a batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What of a RunSpec decides which model is built from a folder of weights."""
+
+    classes: int = 0
+    """Classes of the head; 0: a language model."""
+    seed: int = 0
+    """`RunSpec.seed`: where tensors come from that the folder lacks (`peerturb.zo.heads`)."""
+    names: tuple[str, ...] = ()
+    """The classes' label values, for the configuration of an exported model; none: numbers."""
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> Self:
+        """Return the task of a run."""
+        return cls(classes=len(spec.objective.classes), seed=spec.seed, names=spec.objective.classes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What an objective must know of the model."""
+
+    kind: ModelKind = "causal"
+    pad: int = 0
+    """Token that fills rows up."""
+    begin: int = 0
+    """Token a decoder starts with (`seq2seq` only)."""
+    positions_max: int | None = None
+    """Longest sequence, or None if the configuration does not say."""
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """Return the form of a model that `peerturb.zo.model.load_model` has loaded."""
+        config = model.config
+        pad = config.get_text_config().pad_token_id
+        begin = getattr(config, "decoder_start_token_id", None)
+        return cls(
+            kind=kind_of(model),
+            pad=0 if pad is None else pad,
+            begin=(0 if pad is None else pad) if begin is None else begin,
+            positions_max=positions_max(model),
+        )
+
+
+def kind_for(config: Any, task: Task) -> ModelKind:
+    """Return the kind to build from a configuration.
+
+    Raises:
+        ModelError: an encoder is to be trained as a language model, although every token sees those after it.
+    """
+    if task.classes:
+        return "classes"
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if known and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ModelError(
+            f"the model is an encoder ({config.model_type}): each token sees those after it, so it cannot learn to "
+            'predict them. Train it with objective.kind = "classes" (`peerturb model --classes N`)'
+        )
+    return "causal"
+
+
+def kind_of(model: Any) -> ModelKind:
+    """Return the kind of a model that has been built; a model wrapped for adapters counts as what is wrapped."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if type(inner).__name__.endswith("ForSequenceClassification"):
+        return "classes"
+    return "seq2seq" if getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else "causal"
+
+
+def shared_tables(model: nn.Module) -> frozenset[str]:
+    """Return the names of embeddings that are looked up once for all rows of a batch."""
+    return frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == SHARED_TABLE
+    )
+
+
+def positions_max(model: Any) -> int | None:
+    """Return the longest sequence the model was made for, or None if its configuration does not say."""
+    config = model.config.get_text_config()
+    if hasattr(config, "relative_attention_num_buckets"):
+        return None  # relative positions never run out
+    for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value > 0:
+            # RoBERTa and its kin number positions from behind the padding token's.
+            offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+            return value - offset
+    return None
