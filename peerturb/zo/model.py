@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from peerturb.errors import ModelError
 from peerturb.manifest import DType, Manifest, Parameter
 from peerturb.spec import ModelSpec
+from peerturb.zo.adapters import is_adapter_tensor
 from peerturb.zo.digest import run_digest
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -72,12 +73,16 @@ def prepare(model: PreTrainedModel, dtype: DType, *, device: str | torch.device 
 
 
 def build_manifest(model: torch.nn.Module, spec: ModelSpec) -> Manifest:
-    """Number the trainable tensors: sorted by name, tied ones once, without the excluded.
+    """Number the trainable tensors: sorted by name, tied ones once, without the excluded; an adapter's only, if any.
 
     Raises:
         ModelError: a pattern matches nothing, a tensor has the wrong type, storage is shared, or nothing is left.
     """
     named = _sorted_parameters(model)
+    if spec.adapter is not None:
+        named = [(names, tensor) for names, tensor in named if is_adapter_tensor(names[0])]
+        if not named:
+            raise ModelError("the RunSpec has a section model.adapter, but the model has no adapter: attach it first")
     every = [name for names, _ in named for name in names]
     for pattern in (*spec.exclude, *spec.exponents):
         if not any(fnmatchcase(name, pattern) for name in every):

@@ -11,6 +11,8 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.protocol.outputs import Measure
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
+from peerturb.zo.adapter_files import export_adapter
+from peerturb.zo.adapters import attach_adapter
 from peerturb.zo.batch import Runner
 from peerturb.zo.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from peerturb.zo.digest import run_digest
@@ -51,6 +53,7 @@ class TorchCompute:
         if digest != spec.model.digest:
             raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, self.source, digest))
         self.base_digest = bytes.fromhex(digest)
+        attach_adapter(self._model, spec.model, seed=spec.seed)
         self.manifest = build_manifest(self._model, spec.model)
         self._named = trainable_weights(self._model, self.manifest)
         self._weights = list(self._named.values())
@@ -111,6 +114,7 @@ class TorchCompute:
         fresh, _ = load_model(self.source, self._spec.model.dtype)
         if base_digest(fresh, self._spec.model.dtype) != self._spec.model.digest:
             raise ModelError(f"the base weights in {self.source} have changed since the node started")
+        attach_adapter(fresh, self._spec.model, seed=self._spec.seed)
         source = trainable_weights(fresh, self.manifest).values()
         for weight, base in zip(self._weights, source, strict=True):
             weight.copy_(base)
@@ -140,7 +144,10 @@ class TorchCompute:
         return self.rounds
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder."""
+        """Write a Hugging Face folder; of a run with an adapter, the adapter's."""
+        if self._spec.model.adapter is not None:
+            export_adapter(self._model, self._spec, folder)
+            return
         export_model(self._model, self._tokenizer, folder)
 
     def close(self) -> None:

@@ -83,10 +83,12 @@ class Replica:
         )
 
     def _engine(self, model: Any) -> tuple[Manifest | None, Check]:
+        from peerturb.zo.adapters import attach_adapter
         from peerturb.zo.coverage import check_coverage
         from peerturb.zo.model import build_manifest
 
         try:
+            attach_adapter(model, self.spec.model, seed=self.spec.seed)
             manifest = build_manifest(model, self.spec.model)
             check_coverage(model, manifest, self.spec.perturbation.family)
         except ModelError as error:
