@@ -42,6 +42,10 @@ class AdapterSpec(Section):
     never does."""
 
 
+Quantise = Literal["nf4", "fp4", "int8"]
+"""How a frozen base model is quantised."""
+
+
 class ModelSpec(Section):
     """The base model."""
 
@@ -55,8 +59,18 @@ class ModelSpec(Section):
     """Shell-style patterns (`fnmatch`) of parameter names that stay frozen."""
     adapter: AdapterSpec | None = None
     """If given, the whole base model is frozen and only the adapter's tensors are trained."""
+    quantise: Quantise | None = None
+    """Hold the frozen base's linear layers in 4 or 8 bits; for runs with an adapter."""
     exponents: dict[str, Annotated[int, Field(ge=-16, le=16)]] = Field(default_factory=dict)
     """Scale exponent k by name pattern, the first match in sorted pattern order holds; 0 otherwise."""
+
+    @model_validator(mode="after")
+    def _quantised_bases_have_an_adapter(self) -> Self:
+        if self.quantise is not None and self.adapter is None:
+            raise ValueError(
+                "quantised weights cannot be trained; add a section [model.adapter], or leave out quantise"
+            )
+        return self
 
 
 class PerturbationSpec(Section):

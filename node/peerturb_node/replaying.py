@@ -16,6 +16,7 @@ from peerturb.zo.adapter_files import export_adapter, merge_adapter
 from peerturb.zo.adapters import attach_adapter
 from peerturb.zo.export import export_model
 from peerturb.zo.model import base_digest, build_manifest, load_model, trainable_weights
+from peerturb.zo.quantised import quantise_base
 from peerturb.zo.replay import replay
 from peerturb_node.compute.torch_compute import choose_device, mismatch
 from peerturb_node.logsource import warn_of_torn_tail
@@ -65,6 +66,7 @@ def replay_log(
         raise SpecError(f"--merge: the run {spec.name} trains the model itself, there is no adapter to merge")
     source = model or spec.model.name
     loaded, tokenizer = load_model(source, spec.model.dtype, device=choose_device(device))
+    quantise_base(loaded, spec.model.quantise)
     digest = base_digest(loaded, spec.model.dtype)
     if digest != spec.model.digest:
         raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, source, digest))

@@ -18,6 +18,7 @@ from peerturb.manifest import DType, Manifest, Parameter
 from peerturb.spec import ModelSpec
 from peerturb.zo.adapters import is_adapter_tensor
 from peerturb.zo.digest import run_digest
+from peerturb.zo.quantised import is_quantised, quantised_digest
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """RunSpec `model.dtype` to torch."""
@@ -115,6 +116,8 @@ def trainable_weights(model: torch.nn.Module, manifest: Manifest) -> dict[str, T
 
 def base_digest(model: torch.nn.Module, dtype: DType) -> str:
     """Return RunSpec `model.digest`: the fingerprint of all parameters, frozen ones included, hexadecimal."""
+    if is_quantised(model):
+        return quantised_digest(model, dtype)
     manifest = build_manifest(model, ModelSpec(name="all", digest="0" * 64, dtype=dtype))
     return run_digest(manifest, list(trainable_weights(model, manifest).values())).hex()
 

@@ -28,6 +28,9 @@ def model(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Linear layers that get the adapter (default: all); may be repeated."),
     ] = None,
+    quantise: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Hold the frozen base in few bits: nf4, fp4 or int8.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Name to write into RUN.toml.", show_default="the argument")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -37,16 +40,24 @@ def model(
     from peerturb.spec import AdapterSpec, ModelSpec
     from peerturb.zo.adapters import attach_adapter
     from peerturb.zo.model import base_digest, build_manifest, load_model
+    from peerturb.zo.quantised import quantise_base
 
     if dtype not in ("float32", "bfloat16"):
         raise SpecError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
     if adapter not in (None, "lora", "vera"):
         raise SpecError(f"--adapter {adapter!r} is neither lora nor vera")
+    if quantise not in (None, "nf4", "fp4", "int8"):
+        raise SpecError(f"--quantise {quantise!r} is none of nf4, fp4 and int8")
+    if quantise is not None and adapter is None:
+        raise SpecError("--quantise needs --adapter: quantised weights cannot be trained")
     loaded, _ = load_model(name, dtype)  # type: ignore[arg-type]
+    quantise_base(loaded, quantise)
     digest = base_digest(loaded, dtype)  # type: ignore[arg-type]
     shown_name = label or (Path(name).name if Path(name).expanduser().is_dir() else name)
     given = None if adapter is None else AdapterSpec(kind=adapter, rank=rank, targets=tuple(target or ("*",)))
-    spec = ModelSpec(name=shown_name, digest=digest, dtype=dtype, exclude=tuple(exclude or ()), adapter=given)
+    spec = ModelSpec(
+        name=shown_name, digest=digest, dtype=dtype, exclude=tuple(exclude or ()), adapter=given, quantise=quantise
+    )
     attach_adapter(loaded, spec, seed=0)
     manifest = build_manifest(loaded, spec)
     if as_json:
@@ -95,6 +106,8 @@ def section(spec: "ModelSpec") -> str:
     lines = ["[model]", f"name = {json.dumps(spec.name)}", f'digest = "{spec.digest}"', f'dtype = "{spec.dtype}"']
     if spec.exclude:
         lines.append(f"exclude = {json.dumps(list(spec.exclude))}")
+    if spec.quantise is not None:
+        lines.append(f'quantise = "{spec.quantise}"')
     if spec.adapter is not None:
         given = spec.adapter
         lines += ["[model.adapter]", f'kind = "{given.kind}"', f"rank = {given.rank}"]

@@ -21,6 +21,7 @@ from peerturb.zo.export import export_model
 from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
 from peerturb.zo.objective import Objective
 from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.quantised import quantise_base
 from peerturb.zo.update import apply_update
 from peerturb_node.compute.base import HeldOut, Measured
 from peerturb_node.data import local_objective
@@ -49,6 +50,7 @@ class TorchCompute:
         self.source = settings.model or spec.model.name
         self.device = choose_device(settings.device)
         self._model, self._tokenizer = load_model(self.source, spec.model.dtype, device=self.device)
+        quantise_base(self._model, spec.model.quantise)
         digest = base_digest(self._model, spec.model.dtype)
         if digest != spec.model.digest:
             raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, self.source, digest))
@@ -112,6 +114,7 @@ class TorchCompute:
     def reset(self) -> None:
         """Load the base weights again, into the same tensors."""
         fresh, _ = load_model(self.source, self._spec.model.dtype)
+        quantise_base(fresh, self._spec.model.quantise)
         if base_digest(fresh, self._spec.model.dtype) != self._spec.model.digest:
             raise ModelError(f"the base weights in {self.source} have changed since the node started")
         attach_adapter(fresh, self._spec.model, seed=self._spec.seed)

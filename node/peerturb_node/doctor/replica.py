@@ -30,6 +30,7 @@ class Replica:
             import torch
 
             from peerturb.zo.model import load_model
+            from peerturb.zo.quantised import quantise_base
             from peerturb_node.compute.torch_compute import choose_device
         except ImportError as error:
             yield fail("model", f"{error.name} is not installed", 'pip install "peerturb[node]"')
@@ -42,6 +43,7 @@ class Replica:
             device = choose_device(settings.device)
             started_s = time.perf_counter()
             model, tokenizer = load_model(source, spec.model.dtype, device=device)
+            quantise_base(model, spec.model.quantise)
         except PeerturbError as error:
             yield fail("model", str(error), "check the name, or give the model's folder with --model")
             for name in ("base weights", "engine", "data", "memory", "compiled loops", "disk", "speed"):
