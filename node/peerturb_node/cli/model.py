@@ -51,7 +51,7 @@ def model(
     if quantise is not None and adapter is None:
         raise SpecError("--quantise needs --adapter: quantised weights cannot be trained")
     loaded, _ = load_model(name, dtype)  # type: ignore[arg-type]
-    quantise_base(loaded, quantise)
+    quantise_base(loaded, quantise)  # type: ignore[arg-type]
     digest = base_digest(loaded, dtype)  # type: ignore[arg-type]
     shown_name = label or (Path(name).name if Path(name).expanduser().is_dir() else name)
     given = None if adapter is None else AdapterSpec(kind=adapter, rank=rank, targets=tuple(target or ("*",)))

@@ -1,34 +1,28 @@
 """A compute on a real model: the engine of `peerturb.zo` behind the node's contract."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from peerturb.errors import DataError, LogError, ModelError, RefusedError, RejectCode
-from peerturb.ids import RoundNumber, Slot
-from peerturb.protocol.outputs import Measure
-from peerturb.protocol.records import RoundSealed
+from peerturb.errors import DataError, ModelError, RefusedError, RejectCode
 from peerturb.spec import RunSpec
 from peerturb.zo.adapter_files import export_adapter
 from peerturb.zo.adapters import attach_adapter
 from peerturb.zo.batch import Runner
-from peerturb.zo.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
-from peerturb.zo.digest import run_digest
 from peerturb.zo.evaluate import evaluate
 from peerturb.zo.export import export_model
 from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
 from peerturb.zo.objective import Objective
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.quantised import quantise_base
-from peerturb.zo.update import apply_update
-from peerturb_node.compute.base import HeldOut, Measured
+from peerturb_node.compute.base import HeldOut
+from peerturb_node.compute.replica import Replica
 from peerturb_node.data import local_objective
 from peerturb_node.settings import NodeSettings
 
 
-class TorchCompute:
+class TorchCompute(Replica):
     """Model, private data and held-out data on one device.
 
     Raises:
@@ -36,9 +30,6 @@ class TorchCompute:
         DataError: a data file cannot be used.
         RefusedError: its base weights are not the run's; the message has both digests.
     """
-
-    is_blocking = True
-    checkpoint_name = "checkpoint.safetensors"
 
     def __init__(self, spec: RunSpec, settings: NodeSettings) -> None:
         if settings.data is None:
@@ -68,40 +59,6 @@ class TorchCompute:
         self._held_out = objective.load(settings.eval.expanduser()) if settings.eval is not None else []
         self.has_held_out = bool(self._held_out)
 
-    def apply(self, sealed: RoundSealed) -> None:
-        """Update the weights in place, exactly."""
-        if sealed.round != self.rounds:
-            raise LogError(f"round {sealed.round} cannot be applied to weights after {self.rounds} rounds")
-        apply_update(
-            self._weights,
-            self.manifest,
-            family=self._spec.perturbation.family,
-            run_key=self._spec.run_key,
-            round=sealed.round,
-            slots=sealed.slots,
-            counts=sealed.counts,
-            codes=sealed.codes,
-            alpha=sealed.alpha,
-        )
-        self.rounds += 1
-
-    def digest(self) -> bytes:
-        """Return the run digest of the trained tensors."""
-        return run_digest(self.manifest, self._weights)
-
-    def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured:
-        """Measure probes, encode; end early when cancelled or when the RunSpec's time budget is spent."""
-        budget_s = self._spec.round.budget_ms / 1e3
-        end_s = time.monotonic() + budget_s if budget_s else float("inf")
-        result = self._engine.contribute(
-            RoundNumber(work.round),
-            slot=slot,
-            scale=work.scale,
-            count=work.count,
-            should_stop=lambda: is_cancelled() or time.monotonic() >= end_s,
-        )
-        return Measured(codes=result.codes.tobytes(), loss=result.loss, tokens=result.tokens)
-
     def evaluate(self, is_cancelled: Callable[[], bool]) -> HeldOut | None:
         """Return loss (and accuracy) on the held-out sequences."""
         if not self._held_out:
@@ -123,38 +80,12 @@ class TorchCompute:
             weight.copy_(base)
         self.rounds = 0
 
-    def save(self, path: Path, *, position: int, chain: bytes) -> None:
-        """Write the trained tensors and the round."""
-        info = CheckpointInfo(
-            spec_digest=self._spec.digest.hex(),
-            base_digest=self.base_digest.hex(),
-            round=self.rounds,
-            position=position,
-            chain=chain.hex(),
-        )
-        save_checkpoint(path, self.manifest, self._named, info)
-
-    def restore(self, path: Path) -> int:
-        """Read them back."""
-        info = load_checkpoint(
-            path,
-            self.manifest,
-            self._named,
-            spec_digest=self._spec.digest.hex(),
-            base_digest=self.base_digest.hex(),
-        )
-        self.rounds = info.round
-        return self.rounds
-
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder; of a run with an adapter, the adapter's."""
         if self._spec.model.adapter is not None:
             export_adapter(self._model, self._spec, folder)
             return
         export_model(self._model, self._tokenizer, folder)
-
-    def close(self) -> None:
-        """Nothing is held beyond memory."""
 
 
 def choose_device(name: str) -> torch.device:
