@@ -1,4 +1,4 @@
-"""What computes on real tensors share: apply, digest, measure, checkpoint. Tensors and losses come from each of them."""
+"""What computes on real tensors share: apply, digest, measure, checkpoint. Each brings its own tensors and losses."""
 
 import time
 from collections.abc import Callable
