@@ -4,6 +4,7 @@ PeerturbError                 a person can act on it; the CLI prints it without 
 |-- SpecError                 a RunSpec or settings file is wrong            (exit 2)
 |-- DataError                 a data file, template or label is wrong       (exit 2)
 |-- ModelError                a model cannot be loaded or perturbed         (exit 2)
+|-- ObjectiveError            a user's own loss or reward cannot be used    (exit 2)
 |-- LogError                  a run log is damaged or does not fit          (exit 3)
 |-- RefusedError              the other side said no; carries a RejectCode  (exit 4)
 `-- UnreachableError          the other side does not answer                (exit 5)
@@ -79,6 +80,12 @@ class DataError(PeerturbError):
 
 class ModelError(PeerturbError):
     """A model cannot be loaded, or has a parameter the engine cannot perturb."""
+
+    exit_code = 2
+
+
+class ObjectiveError(PeerturbError):
+    """A user's own loss, forward or reward function returns what cannot be used."""
 
     exit_code = 2
 

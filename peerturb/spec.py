@@ -27,6 +27,25 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class AdapterSpec(Section):
+    """Small tensors that are trained instead of the base model's; they begin as the RunSpec's seed says."""
+
+    kind: Literal["lora", "vera"] = "lora"
+    """`lora`: two factors for each adapted layer; `vera`: two vectors for each, between two random matrices that all
+    layers share and that stay as they are."""
+    rank: int = Field(default=8, ge=1, le=4_096)
+    """Width between the two factors."""
+    alpha: float = Field(default=16.0, gt=0, le=1e6)
+    """The adapter's output is multiplied by alpha / rank (`lora` only)."""
+    targets: tuple[str, ...] = Field(default=("*",), min_length=1)
+    """Shell-style patterns (`fnmatch`) of the linear layers that get an adapter, such as "*.q_proj"; the output head
+    never does."""
+
+
+Quantise = Literal["nf4", "fp4", "int8"]
+"""How a frozen base model is quantised."""
+
+
 class ModelSpec(Section):
     """The base model."""
 
@@ -38,8 +57,20 @@ class ModelSpec(Section):
     """Type of the weights in every replica."""
     exclude: tuple[str, ...] = ()
     """Shell-style patterns (`fnmatch`) of parameter names that stay frozen."""
+    adapter: AdapterSpec | None = None
+    """If given, the whole base model is frozen and only the adapter's tensors are trained."""
+    quantise: Quantise | None = None
+    """Hold the frozen base's linear layers in 4 or 8 bits; for runs with an adapter."""
     exponents: dict[str, Annotated[int, Field(ge=-16, le=16)]] = Field(default_factory=dict)
     """Scale exponent k by name pattern, the first match in sorted pattern order holds; 0 otherwise."""
+
+    @model_validator(mode="after")
+    def _quantised_bases_have_an_adapter(self) -> Self:
+        if self.quantise is not None and self.adapter is None:
+            raise ValueError(
+                "quantised weights cannot be trained; add a section [model.adapter], or leave out quantise"
+            )
+        return self
 
 
 class PerturbationSpec(Section):
@@ -194,7 +225,8 @@ class RunSpec(Section):
     protocol: Literal[1] = 1
     name: str = Field(min_length=1, max_length=limits.NAME_CHARS_MAX)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Only there to make two otherwise equal runs different: it changes the digest, hence the run key."""
+    """Makes two otherwise equal runs different: it changes the digest, hence the run key. An adapter's first values
+    follow from it alone."""
     model: ModelSpec
     perturbation: PerturbationSpec = PerturbationSpec()
     step: StepSpec = StepSpec()
@@ -207,10 +239,20 @@ class RunSpec(Section):
             raise ValueError(f'step.schedule = "{self.step.schedule}" needs round.count, the number of rounds')
         return self
 
+    @model_validator(mode="after")
+    def _adapters_have_a_seed(self) -> Self:
+        if self.model.adapter is not None and "seed" not in self.model_fields_set:
+            raise ValueError(
+                "the adapter's first values follow from the seed, and none is given; write for instance seed = 1 above "
+                "the first section"
+            )
+        return self
+
     @cached_property
     def canonical(self) -> bytes:
-        """Canonical JSON: sorted keys, no white space, all defaults written out, empty `classes` excepted."""
-        document = self.model_dump(mode="json")
+        """Canonical JSON: sorted keys, no white space, defaults written out; sections and lists that came with later
+        releases are left out while empty, so that runs without them keep their digest."""
+        document = self.model_dump(mode="json", exclude_none=True)
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
     @cached_property
@@ -227,9 +269,11 @@ class RunSpec(Section):
     def first_digest(self) -> int | None:
         """Short digest (u32) of the trained tensors before round 0, if it follows from the base weights' digest.
 
-        None where some parameters are frozen: the base digest covers them too.
+        None where some parameters are frozen (as with an adapter all of the base): the base digest covers them too.
         """
-        return None if self.model.exclude else int.from_bytes(bytes.fromhex(self.model.digest)[:4], "little")
+        if self.model.exclude or self.model.adapter is not None:
+            return None
+        return int.from_bytes(bytes.fromhex(self.model.digest)[:4], "little")
 
     @classmethod
     def from_canonical(cls, data: bytes) -> Self:

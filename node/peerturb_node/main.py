@@ -1,7 +1,9 @@
 """Start to end of a node's process: settings in, exit code out. The assembly; every part is made elsewhere."""
 
 import asyncio
+import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 import peerturb
@@ -16,16 +18,31 @@ from peerturb_node.session import Ended, Node
 from peerturb_node.settings import NodeSettings
 from peerturb_node.stopping import StopSignals
 
+MakeCompute = Callable[[RunSpec], Compute]
+"""How a program of one's own gives a node its compute; see `peerturb_node.compute.custom`."""
 
-def run_node(settings: NodeSettings, *, is_json: bool, stream: TextIO) -> int:
+
+def run_node(
+    settings: NodeSettings,
+    *,
+    is_json: bool = False,
+    stream: TextIO = sys.stdout,
+    make_compute: MakeCompute | None = None,
+) -> int:
     """Take part in the run until it ends or a signal comes; return the exit code.
+
+    Args:
+        settings: the node's.
+        is_json: print events as JSON lines.
+        stream: where to print.
+        make_compute: gives the compute for the run's RunSpec, instead of the settings' model and data.
 
     Raises:
         PeerturbError: what keeps the node from taking part; it has been told as an event, too.
     """
     events = Events(_sink(is_json=is_json, stream=stream))
     try:
-        return asyncio.run(_run(settings, events))
+        return asyncio.run(_run(settings, events, make_compute))
     except PeerturbError as error:
         events.emit("error", message=str(error), code=type(error).__name__)
         raise
@@ -33,7 +50,7 @@ def run_node(settings: NodeSettings, *, is_json: bool, stream: TextIO) -> int:
         events.close()
 
 
-async def _run(settings: NodeSettings, events: Events) -> int:
+async def _run(settings: NodeSettings, events: Events, make_compute: MakeCompute | None) -> int:
     with StateFolder(settings.state) as folder:
         token = settings.join_token()
         address = Address.of(
@@ -54,14 +71,17 @@ async def _run(settings: NodeSettings, events: Events) -> int:
             run=spec.name,
             spec=spec.digest.hex(),
             state=str(folder.path),
-            compute=settings.compute,
+            compute="custom" if make_compute is not None else settings.compute,
             device=settings.device,
         )
         if description.needs_token and not token:
             raise RefusedError(
                 RejectCode.BAD_TOKEN, f"the run at {settings.coordinator} needs a join token; give --token-file"
             )
-        compute = await asyncio.to_thread(_make_compute, settings, spec, events)
+        if make_compute is not None:
+            compute = await asyncio.to_thread(make_compute, spec)
+        else:
+            compute = await asyncio.to_thread(_make_compute, settings, spec, events)
         try:
             ended, signals = await _take_part(settings, address, spec, folder, compute, events)
             if settings.export is not None:

@@ -8,26 +8,43 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from peerturb.errors import LogError, RefusedError, RejectCode, SpecError
+from peerturb.errors import LogError, SpecError
 from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.records import RoundSealed
 from peerturb.runlog.reader import LogEnd, read_entries
+from peerturb.zo.adapter_files import export_adapter, merge_adapter
+from peerturb.zo.base import open_base
 from peerturb.zo.export import export_model
-from peerturb.zo.kinds import Task
-from peerturb.zo.model import base_digest, build_manifest, load_model, trainable_weights
+from peerturb.zo.model import build_manifest, trainable_weights
 from peerturb.zo.replay import replay
-from peerturb_node.compute.torch_compute import choose_device, mismatch
+from peerturb_node.compute.torch_compute import choose_device
 from peerturb_node.logsource import warn_of_torn_tail
 
 
 def replay_log(
-    path: Path, *, model: str | None, until: int | None, out: Path | None, device: str, show_progress: bool
+    path: Path,
+    *,
+    model: str | None,
+    until: int | None,
+    out: Path | None,
+    merge: bool = False,
+    device: str,
+    show_progress: bool,
 ) -> dict[str, Any]:
     """Replay a log file onto its base model; return rounds, digest and where the model was written.
 
+    Args:
+        path: the log file.
+        model: folder or hub name of the base model, if not the RunSpec's.
+        until: stop after so many rounds.
+        out: folder for the model, or for the adapter of a run that trains one.
+        merge: put the adapter into the base weights and write the whole model.
+        device: where to replay.
+        show_progress: draw a bar where standard error is a terminal.
+
     Raises:
         LogError: the log is damaged, illegal, or does not fit the weights.
-        SpecError: the log ends before `until`.
+        SpecError: the log ends before `until`, or there is no adapter to merge.
         ModelError: the model cannot be loaded or written.
         RefusedError: the base weights are not the run's.
     """
@@ -44,11 +61,10 @@ def replay_log(
         raise LogError(f"{path}: the log is empty: it has no whole record")
     if until is not None and until > len(sealed):
         raise SpecError(f"--until {until}: the log has only {len(sealed)} sealed rounds")
+    if merge and spec.model.adapter is None:
+        raise SpecError(f"--merge: the run {spec.name} trains the model itself, there is no adapter to merge")
     source = model or spec.model.name
-    loaded, tokenizer = load_model(source, spec.model.dtype, task=Task.of(spec), device=choose_device(device))
-    digest = base_digest(loaded, spec.model.dtype)
-    if digest != spec.model.digest:
-        raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, source, digest))
+    loaded, tokenizer = open_base(source, spec, device=choose_device(device))
     manifest = build_manifest(loaded, spec.model)
     weights = list(trainable_weights(loaded, manifest).values())
     total = len(sealed) if until is None else min(until, len(sealed))
@@ -62,7 +78,11 @@ def replay_log(
                 bar.update(task, completed=rounds)
 
         final = replay(sealed, weights, manifest, spec, until_round=until, progress=advance, doubt=_warn)
-    if out is not None:
+    if out is not None and spec.model.adapter is not None and not merge:
+        export_adapter(loaded, spec, out.expanduser())
+    elif out is not None:
+        if merge:
+            merge_adapter(loaded)
         export_model(loaded, tokenizer, out.expanduser())
     return {"rounds": total, "digest": final.hex(), "out": None if out is None else str(out)}
 

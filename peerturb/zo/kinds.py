@@ -90,6 +90,16 @@ def kind_of(model: Any) -> ModelKind:
     return "seq2seq" if getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else "causal"
 
 
+def output_head(model: Any) -> frozenset[str]:
+    """Return the names of the modules that turn the last hidden states into logits."""
+    if kind_of(model) == "classes":
+        inside = f"{model.base_model_prefix}."
+        names = [name for name, _ in model.named_modules() if name]
+        return frozenset(name for name in names if not f"{name}.".startswith(inside) or "pooler" in name.split("."))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return frozenset(name for name, module in model.named_modules() if module is head)
+
+
 def shared_tables(model: nn.Module) -> frozenset[str]:
     """Return the names of embeddings that are looked up once for all rows of a batch."""
     return frozenset(

@@ -24,10 +24,12 @@ from transformers.utils import logging as transformers_logging
 from peerturb.errors import ModelError
 from peerturb.manifest import DType, Manifest, Parameter
 from peerturb.spec import ModelSpec
+from peerturb.zo.adapters import is_adapted, is_adapter_tensor, trained_whole
 from peerturb.zo.digest import run_digest
 from peerturb.zo.experts import use_row_experts
 from peerturb.zo.heads import fill_new, is_new
 from peerturb.zo.kinds import ModelKind, Task, kind_for, positions_max
+from peerturb.zo.quantised import is_quantised, quantised_digest
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """RunSpec `model.dtype` to torch."""
@@ -109,12 +111,18 @@ def prepare(model: PreTrainedModel, dtype: DType, *, device: str | torch.device 
 
 
 def build_manifest(model: torch.nn.Module, spec: ModelSpec) -> Manifest:
-    """Number the trainable tensors: sorted by name, tied ones once, without the excluded.
+    """Number the trainable tensors: sorted by name, tied ones once, without the excluded; with an adapter, its own
+    and a classifier's head.
 
     Raises:
         ModelError: a pattern matches nothing, a tensor has the wrong type, storage is shared, or nothing is left.
     """
     named = _sorted_parameters(model)
+    if spec.adapter is not None:
+        if not is_adapted(model):
+            raise ModelError("the RunSpec has a section model.adapter, but the model has no adapter: attach it first")
+        whole = trained_whole(model)
+        named = [item for item in named if is_adapter_tensor(item[0][0]) or item[0][0] in whole]
     every = [name for names, _ in named for name in names]
     for pattern in (*spec.exclude, *spec.exponents):
         if not any(fnmatchcase(name, pattern) for name in every):
@@ -147,6 +155,8 @@ def trainable_weights(model: torch.nn.Module, manifest: Manifest) -> dict[str, T
 
 def base_digest(model: torch.nn.Module, dtype: DType) -> str:
     """Return RunSpec `model.digest`: the fingerprint of all parameters, frozen ones included, hexadecimal."""
+    if is_quantised(model):
+        return quantised_digest(model, dtype)
     manifest = build_manifest(model, ModelSpec(name="all", digest="0" * 64, dtype=dtype))
     return run_digest(manifest, list(trainable_weights(model, manifest).values())).hex()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peerturb.manifest import DType
+from peerturb.zo.adapters import is_shared_matrix
 from peerturb.zo.model import TORCH_DTYPES
 
 ComputeDType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -49,6 +50,9 @@ class Shadow:
                 pairs.append((parameter, cast))
             else:
                 memo[id(parameter)] = parameter
+        for name, matrix in model.named_buffers():
+            if is_shared_matrix(name):  # frozen, and multiplied with activations: a weight in all but name
+                memo[id(matrix)] = matrix.to(dtype)
         # With its parameters in the memo the copy is made without copying them first; ties stay ties.
         self.model: Any = copy.deepcopy(model, memo)
         self.model.config.dtype = dtype

@@ -94,7 +94,7 @@ def _third_party(folder: Path) -> set[str]:
         ("peerturb/runlog", []),
         ("peerturb/wire", []),
         ("coordinator/peerturb_coordinator", []),
-        ("peerturb", ["node", "fast"]),
+        ("peerturb", ["node", "fast", "adapters", "quantised"]),
         ("node/peerturb_node", ["node"]),
         ("benchmarks/peerturb_bench", ["node", "bench"]),
     ],

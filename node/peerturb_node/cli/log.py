@@ -25,6 +25,9 @@ ModelOption = Annotated[
     str | None, typer.Option(help="Folder or hub name of the base model, instead of the RunSpec's.")
 ]
 UntilOption = Annotated[int | None, typer.Option(min=0, metavar="ROUND", help="Stop after so many rounds.")]
+MergeOption = Annotated[
+    bool, typer.Option("--merge", help="Of a run with an adapter: write the whole model, the adapter put into it.")
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -86,12 +89,13 @@ def replay(
     model: ModelOption = None,
     until: UntilOption = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the model here (Hugging Face folder).")] = None,
+    merge: MergeOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Apply a log to the base model: print the digest of the weights, and write them if --out is given."""
     source = _source(log, coordinator, token_file, fingerprint, insecure)
-    _replay(source, model=model, until=until, out=out, device=device, as_json=as_json)
+    _replay(source, model=model, until=until, out=out, merge=merge, device=device, as_json=as_json)
 
 
 @app.command()
@@ -107,17 +111,18 @@ def export(
     insecure: InsecureOption = False,
     model: ModelOption = None,
     until: UntilOption = None,
+    merge: MergeOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Write the fine-tuned model as a Hugging Face folder, or the log as a portable .runlog file."""
+    """Write the fine-tuned model (or adapter) as a Hugging Face folder, or the log as a portable .runlog file."""
     from peerturb.errors import SpecError
 
     if out is None:
         raise SpecError("--out says where to write: a folder for the model, or a file ending in .runlog for the log")
     source = _source(log, coordinator, token_file, fingerprint, insecure)
     if out.suffix != ".runlog":
-        _replay(source, model=model, until=until, out=out, device=device, as_json=as_json)
+        _replay(source, model=model, until=until, out=out, merge=merge, device=device, as_json=as_json)
         return
     records = source.write(out)
     typer.echo(json.dumps({"records": records, "file": str(out)}) if as_json else f"{records} records written to {out}")
@@ -150,12 +155,21 @@ def _summary(found: "Verified") -> dict[str, Any]:
 
 
 def _replay(
-    source: "Source", *, model: str | None, until: int | None, out: Path | None, device: str, as_json: bool
+    source: "Source",
+    *,
+    model: str | None,
+    until: int | None,
+    out: Path | None,
+    merge: bool,
+    device: str,
+    as_json: bool,
 ) -> None:
     from peerturb_node.replaying import replay_log
 
     with source.as_file() as path:
-        result = replay_log(path, model=model, until=until, out=out, device=device, show_progress=not as_json)
+        result = replay_log(
+            path, model=model, until=until, out=out, merge=merge, device=device, show_progress=not as_json
+        )
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return

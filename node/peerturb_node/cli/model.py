@@ -22,6 +22,15 @@ def model(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Names that stay frozen (*, ?); may be repeated.")
     ] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="KIND", help="Train an adapter: lora or vera.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 8,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Linear layers that get the adapter (default: all); may be repeated."),
+    ] = None,
+    quantise: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Hold the frozen base in few bits: nf4, fp4 or int8.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Name to write into RUN.toml.", show_default="the argument")] = None,
     classes: Annotated[
         int, typer.Option(min=0, help='Classes of a classification head (objective.kind = "classes"); 0: none.')
@@ -32,18 +41,31 @@ def model(
     """Print a model's digest, its trainable tensors, and a ready section `model` for RUN.toml."""
     from peerturb.errors import SpecError
     from peerturb.manifest import manifest_digest
-    from peerturb.spec import ModelSpec
+    from peerturb.spec import AdapterSpec, ModelSpec
+    from peerturb.zo.adapters import attach_adapter
     from peerturb.zo.kinds import Task
     from peerturb.zo.model import base_digest, build_manifest, load_model
+    from peerturb.zo.quantised import quantise_base
 
     if dtype not in ("float32", "bfloat16"):
         raise SpecError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
     if classes == 1:
         raise SpecError("--classes 1: a classification head needs at least two")
+    if adapter not in (None, "lora", "vera"):
+        raise SpecError(f"--adapter {adapter!r} is neither lora nor vera")
+    if quantise not in (None, "nf4", "fp4", "int8"):
+        raise SpecError(f"--quantise {quantise!r} is none of nf4, fp4 and int8")
+    if quantise is not None and adapter is None:
+        raise SpecError("--quantise needs --adapter: quantised weights cannot be trained")
     loaded, _ = load_model(name, dtype, task=Task(classes=classes, seed=seed))  # type: ignore[arg-type]
+    quantise_base(loaded, quantise)  # type: ignore[arg-type]
     digest = base_digest(loaded, dtype)  # type: ignore[arg-type]
     shown_name = label or (Path(name).name if Path(name).expanduser().is_dir() else name)
-    spec = ModelSpec(name=shown_name, digest=digest, dtype=dtype, exclude=tuple(exclude or ()))
+    given = None if adapter is None else AdapterSpec(kind=adapter, rank=rank, targets=tuple(target or ("*",)))
+    spec = ModelSpec(
+        name=shown_name, digest=digest, dtype=dtype, exclude=tuple(exclude or ()), adapter=given, quantise=quantise
+    )
+    attach_adapter(loaded, spec, seed=seed)
     manifest = build_manifest(loaded, spec)
     if as_json:
         typer.echo(json.dumps(_document(spec, manifest, manifest_digest(manifest), type(loaded).__name__), indent=2))
@@ -89,8 +111,16 @@ def _show(spec: "ModelSpec", manifest: "Manifest", kind: str) -> None:
 
 
 def section(spec: "ModelSpec") -> str:
-    """Return the `[model]` section of RUN.toml."""
+    """Return the section `model` of RUN.toml; with an adapter, RUN.toml must give a seed too."""
     lines = ["[model]", f"name = {json.dumps(spec.name)}", f'digest = "{spec.digest}"', f'dtype = "{spec.dtype}"']
     if spec.exclude:
         lines.append(f"exclude = {json.dumps(list(spec.exclude))}")
+    if spec.quantise is not None:
+        lines.append(f'quantise = "{spec.quantise}"')
+    if spec.adapter is not None:
+        given = spec.adapter
+        lines += ["[model.adapter]", f'kind = "{given.kind}"', f"rank = {given.rank}"]
+        if given.kind == "lora":
+            lines.append(f"alpha = {given.alpha}")
+        lines.append(f"targets = {json.dumps(list(given.targets))}")
     return "\n".join(lines)

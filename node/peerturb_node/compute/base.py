@@ -94,7 +94,7 @@ class Compute(Protocol):
         """
 
     def export(self, folder: Path) -> None:
-        """Write the weights as a Hugging Face folder.
+        """Write the weights as a Hugging Face folder: the model's, or the adapter's where the run trains one.
 
         Raises:
             ModelError: this compute has no such model, or the folder cannot be written.

@@ -1,34 +1,29 @@
 """A compute on a real model: the engine of `peerturb.zo` behind the node's contract."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from peerturb.errors import DataError, LogError, ModelError, RefusedError, RejectCode
-from peerturb.ids import RoundNumber, Slot
-from peerturb.protocol.outputs import Measure
-from peerturb.protocol.records import RoundSealed
+from peerturb.errors import DataError, ModelError, RefusedError
 from peerturb.spec import RunSpec
+from peerturb.zo.adapter_files import export_adapter
+from peerturb.zo.base import open_base
 from peerturb.zo.batch import Runner
-from peerturb.zo.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
-from peerturb.zo.digest import run_digest
 from peerturb.zo.evaluate import evaluate
 from peerturb.zo.export import export_model
-from peerturb.zo.kinds import Task
-from peerturb.zo.model import TORCH_DTYPES, base_digest, build_manifest, load_model, trainable_weights
+from peerturb.zo.model import TORCH_DTYPES, build_manifest, trainable_weights
 from peerturb.zo.objective import Objective
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.resolution import epsilon_warning
 from peerturb.zo.shadow import Shadow, compute_dtype
-from peerturb.zo.update import apply_update
-from peerturb_node.compute.base import HeldOut, Measured
+from peerturb_node.compute.base import HeldOut
+from peerturb_node.compute.replica import Replica
 from peerturb_node.data import local_objective
 from peerturb_node.settings import NodeSettings
 
 
-class TorchCompute:
+class TorchCompute(Replica):
     """Model, private data and held-out data on one device.
 
     Attributes:
@@ -41,9 +36,6 @@ class TorchCompute:
         RefusedError: its base weights are not the run's; the message has both digests.
     """
 
-    is_blocking = True
-    checkpoint_name = "checkpoint.safetensors"
-
     def __init__(self, spec: RunSpec, settings: NodeSettings) -> None:
         if settings.data is None:
             raise DataError("no training data given: --data FILE says what this node learns from")
@@ -53,11 +45,8 @@ class TorchCompute:
         self._spec = spec
         self.source = settings.model or spec.model.name
         self.device = choose_device(settings.device)
-        self._model, self._tokenizer = load_model(self.source, spec.model.dtype, task=Task.of(spec), device=self.device)
-        digest = base_digest(self._model, spec.model.dtype)
-        if digest != spec.model.digest:
-            raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, self.source, digest))
-        self.base_digest = bytes.fromhex(digest)
+        self._model, self._tokenizer = open_base(self.source, spec, device=self.device)
+        self.base_digest = bytes.fromhex(spec.model.digest)
         self.manifest = build_manifest(self._model, spec.model)
         self._named = trainable_weights(self._model, self.manifest)
         self._weights = list(self._named.values())
@@ -73,42 +62,6 @@ class TorchCompute:
         self._held_out = objective.load(settings.eval.expanduser()) if settings.eval is not None else []
         self.has_held_out = bool(self._held_out)
 
-    def apply(self, sealed: RoundSealed) -> None:
-        """Update the weights in place, exactly."""
-        if sealed.round != self.rounds:
-            raise LogError(f"round {sealed.round} cannot be applied to weights after {self.rounds} rounds")
-        apply_update(
-            self._weights,
-            self.manifest,
-            family=self._spec.perturbation.family,
-            run_key=self._spec.run_key,
-            round=sealed.round,
-            slots=sealed.slots,
-            counts=sealed.counts,
-            codes=sealed.codes,
-            alpha=sealed.alpha,
-        )
-        self._changed()
-        self.rounds += 1
-
-    def digest(self) -> bytes:
-        """Return the run digest of the trained tensors."""
-        return run_digest(self.manifest, self._weights)
-
-    def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured:
-        """Measure probes, encode; end early when cancelled or when the RunSpec's time budget is spent."""
-        self._refresh()
-        budget_s = self._spec.round.budget_ms / 1e3
-        end_s = time.monotonic() + budget_s if budget_s else float("inf")
-        result = self._engine.contribute(
-            RoundNumber(work.round),
-            slot=slot,
-            scale=work.scale,
-            count=work.count,
-            should_stop=lambda: is_cancelled() or time.monotonic() >= end_s,
-        )
-        return Measured(codes=result.codes.tobytes(), loss=result.loss, tokens=result.tokens)
-
     def evaluate(self, is_cancelled: Callable[[], bool]) -> HeldOut | None:
         """Return loss (and accuracy) on the held-out sequences."""
         if not self._held_out:
@@ -121,52 +74,28 @@ class TorchCompute:
 
     def reset(self) -> None:
         """Load the base weights again, into the same tensors."""
-        fresh, _ = load_model(self.source, self._spec.model.dtype, task=Task.of(self._spec))
-        if base_digest(fresh, self._spec.model.dtype) != self._spec.model.digest:
-            raise ModelError(f"the base weights in {self.source} have changed since the node started")
+        try:
+            fresh, _ = open_base(self.source, self._spec)
+        except RefusedError as error:
+            raise ModelError(f"the base weights in {self.source} have changed since the node started") from error
         source = trainable_weights(fresh, self.manifest).values()
         for weight, base in zip(self._weights, source, strict=True):
             weight.copy_(base)
         self._changed()
         self.rounds = 0
 
-    def save(self, path: Path, *, position: int, chain: bytes) -> None:
-        """Write the trained tensors and the round."""
-        info = CheckpointInfo(
-            spec_digest=self._spec.digest.hex(),
-            base_digest=self.base_digest.hex(),
-            round=self.rounds,
-            position=position,
-            chain=chain.hex(),
-        )
-        save_checkpoint(path, self.manifest, self._named, info)
-
-    def restore(self, path: Path) -> int:
-        """Read them back."""
-        info = load_checkpoint(
-            path,
-            self.manifest,
-            self._named,
-            spec_digest=self._spec.digest.hex(),
-            base_digest=self.base_digest.hex(),
-        )
-        self._changed()
-        self.rounds = info.round
-        return self.rounds
-
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder."""
+        """Write a Hugging Face folder; of a run with an adapter, the adapter's."""
+        if self._spec.model.adapter is not None:
+            export_adapter(self._model, self._spec, folder)
+            return
         export_model(self._model, self._tokenizer, folder)
-
-    def close(self) -> None:
-        """Nothing is held beyond memory."""
 
     def _changed(self) -> None:
         if self._shadow is not None:
             self._shadow.expire()
 
     def _refresh(self) -> None:
-        """Only before losses are computed: a replay of many rounds casts once."""
         if self._shadow is not None:
             self._shadow.refresh()
 
@@ -183,11 +112,3 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ModelError(f"there is no device {name}; torch sees {torch.cuda.device_count()} CUDA devices")
     return device
-
-
-def mismatch(spec: RunSpec, source: str, digest: str) -> str:
-    """Say that base weights differ, naming both sides."""
-    return (
-        f"the base weights differ: the run wants {spec.model.name!r} with digest {spec.model.digest} "
-        f"({spec.model.dtype}), {source!r} has {digest}; get the same model, or name its folder with --model"
-    )

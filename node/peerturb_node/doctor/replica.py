@@ -29,9 +29,9 @@ class Replica:
         try:
             import torch
 
-            from peerturb.zo.kinds import Task
-            from peerturb.zo.model import TORCH_DTYPES, load_model
-            from peerturb.zo.shadow import Shadow, compute_dtype
+            from peerturb.zo.base import load_base
+            from peerturb.zo.model import TORCH_DTYPES
+            from peerturb.zo.shadow import compute_dtype
             from peerturb_node.compute.torch_compute import choose_device
         except ImportError as error:
             yield fail("model", f"{error.name} is not installed", 'pip install "peerturb[node]"')
@@ -43,7 +43,7 @@ class Replica:
         try:
             device = choose_device(settings.device)
             started_s = time.perf_counter()
-            model, tokenizer = load_model(source, spec.model.dtype, task=Task.of(spec), device=device)
+            model, tokenizer, digest = load_base(source, spec, device=device)
         except PeerturbError as error:
             yield fail("model", str(error), "check the name, or give the model's folder with --model")
             for name in ("base weights", "engine", "data", "memory", "compiled loops", "disk", "speed"):
@@ -51,11 +51,10 @@ class Replica:
             return
         seconds = time.perf_counter() - started_s
         yield ok("model", f"{source} loaded on {device} in {seconds:.1f} s ({spec.model.dtype})")
-        yield self._base_weights(model, source)
+        yield self._base_weights(digest, source)
         dtype = compute_dtype(settings.compute_dtype, spec.model.dtype, device)
         is_cast = dtype != TORCH_DTYPES[spec.model.dtype]
-        evaluated = Shadow(model, dtype).model if is_cast else model
-        manifest, check = self._engine(model, evaluated)
+        manifest, evaluated, check = self._engine(model, dtype if is_cast else None)
         yield check
         engine = None
         if manifest is not None:
@@ -78,10 +77,7 @@ class Replica:
         yield from check_disk(settings, parameters * (4 if spec.model.dtype == "float32" else 2))
         yield self._speed(engine)
 
-    def _base_weights(self, model: Any, source: str) -> Check:
-        from peerturb.zo.model import base_digest
-
-        found = base_digest(model, self.spec.model.dtype)
+    def _base_weights(self, found: str, source: str) -> Check:
         if found == self.spec.model.digest:
             return ok("base weights", f"digest {found[:16]} on both sides")
         return fail(
@@ -102,17 +98,26 @@ class Replica:
         remedy = "the run's operator may choose a larger perturbation.epsilon; here --compute-dtype float32 helps"
         return Check(name="epsilon", outcome="ok", found=f"warning: {warning}", remedy=remedy)
 
-    def _engine(self, model: Any, evaluated: Any) -> tuple[Manifest | None, Check]:
+    def _engine(self, model: Any, cast: Any) -> tuple[Manifest | None, Any, Check]:
+        from peerturb.zo.adapters import attach_adapter
         from peerturb.zo.coverage import check_coverage
         from peerturb.zo.model import build_manifest
+        from peerturb.zo.shadow import Shadow
 
         try:
+            attach_adapter(model, self.spec.model, seed=self.spec.seed)
             manifest = build_manifest(model, self.spec.model)
+            evaluated = model if cast is None else Shadow(model, cast).model
             check_coverage(evaluated, manifest, self.spec.perturbation.family)
         except ModelError as error:
-            return None, fail("engine", str(error), "the run's operator must exclude that parameter (model.exclude)")
+            remedy = "the run's operator must exclude that parameter (model.exclude)"
+            return None, None, fail("engine", str(error), remedy)
         total = sum(entry.elements for entry in manifest)
-        return manifest, ok("engine", f"all {len(manifest)} trainable tensors ({total:,} parameters) can be perturbed")
+        return (
+            manifest,
+            evaluated,
+            ok("engine", f"all {len(manifest)} trainable tensors ({total:,} parameters) can be perturbed"),
+        )
 
     def _data(self, model: Any, tokenizer: Any, manifest: Manifest) -> tuple[Any, Check]:
         from peerturb.zo.batch import Runner

@@ -1,0 +1,122 @@
+"""A run in one process: measure, encode, seal, apply, digest, by the same functions as nodes and coordinator.
+
+For experiments and for modules and objectives of one's own (docs/custom.md). Knows no network and no files.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from peerturb import codec
+from peerturb.errors import ModelError
+from peerturb.ids import RoundNumber, Slot
+from peerturb.spec import RunSpec
+from peerturb.zo.batch import Evaluator
+from peerturb.zo.digest import run_digest, short_digest
+from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.update import apply_update
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalRound:
+    """A sealed round; `peerturb.zo.replay.replay` takes a list of them."""
+
+    round: int
+    scale: float
+    """What the codes are multiples of."""
+    alpha: float
+    """Step size."""
+    digest: int
+    """Short digest of the weights before the round."""
+    slots: tuple[int, ...]
+    counts: tuple[int, ...]
+    codes: bytes
+    """int8, slot after slot."""
+    loss: float
+    """Mean over the probes, both sides; NaN if every probe is void."""
+    tokens: int
+
+
+class LocalRun(Generic[Item]):
+    """Rounds with all peers in this process.
+
+    Args:
+        evaluator: a `CustomEvaluator`, `Runner` or another; its tensors are trained in place.
+        spec: the run's.
+        parts: each peer's private items; slot 0, 1, ...
+        rows_max: most rows in one forward; None: chosen from size and device.
+
+    Raises:
+        ModelError: a parameter cannot be perturbed.
+        DataError: a part has fewer items than a probe needs.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator[Item],
+        spec: RunSpec,
+        parts: Sequence[Sequence[Item]],
+        *,
+        rows_max: int | None = None,
+    ) -> None:
+        if not parts:
+            raise ModelError("a run needs at least one peer: give a list with one part of the data for each")
+        self.spec = spec
+        self.evaluator = evaluator
+        self.manifest = tuple(entry for entry, _ in evaluator.parameters)
+        self.weights = [tensor.data for _, tensor in evaluator.parameters]
+        self.rounds: list[LocalRound] = []
+        """What has been sealed so far: with the base weights, the whole run."""
+        self.scale = float(np.float32(spec.perturbation.initial_scale))
+        self._engines = [ProbeEngine(evaluator, spec, part, rows_max=rows_max) for part in parts]
+
+    def step(self) -> LocalRound:
+        """Do one round; return what was sealed."""
+        number = RoundNumber(len(self.rounds))
+        results = [
+            engine.contribute(number, slot=Slot(slot), scale=self.scale) for slot, engine in enumerate(self._engines)
+        ]
+        codes = b"".join(result.codes.tobytes() for result in results)
+        losses = [result.loss for result in results if np.isfinite(result.loss)]
+        sealed = LocalRound(
+            round=number,
+            scale=self.scale,
+            alpha=float(codec.step_size(self.spec.step, number, self.scale, codes, self.spec.round.count)),
+            digest=short_digest(self.digest()),
+            slots=tuple(range(len(results))),
+            counts=tuple(len(result.codes) for result in results),
+            codes=codes,
+            loss=float(np.mean(losses)) if losses else float("nan"),
+            tokens=sum(result.tokens for result in results),
+        )
+        apply_update(
+            self.weights,
+            self.manifest,
+            family=self.spec.perturbation.family,
+            run_key=self.spec.run_key,
+            round=sealed.round,
+            slots=sealed.slots,
+            counts=sealed.counts,
+            codes=sealed.codes,
+            alpha=sealed.alpha,
+        )
+        self.scale = float(codec.next_scale(self.scale, codes))
+        self.rounds.append(sealed)
+        return sealed
+
+    def run(self, rounds: int) -> Iterator[LocalRound]:
+        """Do so many rounds, yielding each."""
+        for _ in range(rounds):
+            yield self.step()
+
+    def loss(self, items: Sequence[Any]) -> float:
+        """Return the mean loss of items, weights as they are."""
+        return float(self.evaluator.losses(items).mean())
+
+    def digest(self) -> bytes:
+        """Return the run digest of the weights."""
+        return run_digest(self.manifest, self.weights)

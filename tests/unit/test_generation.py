@@ -1,0 +1,165 @@
+"""Text generated under perturbed weights: each row's own, the same as one model at a time would write."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peerturb.errors import ObjectiveError
+from peerturb.manifest import Manifest
+from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec
+from peerturb.zo.generation import GenerationEvaluator, Writing
+from peerturb.zo.local import LocalRun
+from peerturb.zo.perturbation import FAMILIES
+from tests.zo_models import RandomSigns, byte_tokenizer, manifest_of, one_thread, small_model, spec_of
+
+__all__ = ["one_thread"]
+
+PROMPTS = ["ab", "xyzxyz", "k", "hello", "gh", "abcabcabc"]
+"""Two for each of three probes, of different lengths."""
+
+
+def evaluator(model: Any, manifest: Manifest, **changes: Any) -> GenerationEvaluator[Any]:
+    given = {"reward": lambda prompt, text: float(len(text)), "writing": Writing(tokens_max=8), **changes}
+    return GenerationEvaluator(model, byte_tokenizer(), manifest, **given)
+
+
+def perturbation(manifest: Manifest, family: str = "rank1", epsilon: float = 0.05, *, seed: int = 0) -> Any:
+    signs = RandomSigns(manifest, 3, seed)
+    given = {"probes": 3, "epsilon": epsilon, "dtype": torch.float32, "device": torch.device("cpu")}
+    return signs, FAMILIES[family](signs, **given)
+
+
+@pytest.mark.parametrize("family", ["rank1", "dense"])
+@pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "qwen3", "gpt2", "opt"])
+def test_each_row_writes_what_its_own_weights_say(name: str, family: str) -> None:
+    model = small_model(name)
+    manifest = manifest_of(model)
+    signs, noise = perturbation(manifest, family)
+    texts = evaluator(model, manifest).texts(PROMPTS, noise)
+    assert len(set(texts)) > 3
+    row = 0
+    for probe in range(3):
+        for side in (0.05, -0.05):
+            other = small_model(name)
+            named = dict(other.named_parameters(remove_duplicate=False))
+            for entry in manifest:
+                named[entry.name].data.add_(signs.noise(entry, probe, family).float(), alpha=side)
+            for prompt in PROMPTS[2 * probe : 2 * probe + 2]:
+                ids = torch.tensor([byte_tokenizer()(prompt)["input_ids"]])
+                wanted = other.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=1
+                )
+                assert texts[row] == byte_tokenizer().decode(wanted[0, ids.shape[1] :], skip_special_tokens=True), row
+                row += 1
+
+
+def test_weights_are_only_read() -> None:
+    model = small_model("llama-tied")
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    manifest = manifest_of(model)
+    evaluator(model, manifest).losses(PROMPTS, perturbation(manifest)[1])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
+
+
+def test_sampling_repeats_itself_and_differs_by_seed_and_perturbation() -> None:
+    model = small_model("llama-tied")
+    manifest = manifest_of(model)
+
+    def texts(seed: int, *, signs: int = 0, epsilon: float = 1e-9) -> list[str]:
+        writing = Writing(tokens_max=8, temperature=1.0, seed=seed)
+        return evaluator(model, manifest, writing=writing).texts(
+            PROMPTS, perturbation(manifest, "rank1", epsilon, seed=signs)[1]
+        )
+
+    first = texts(1)
+    assert first == texts(1)
+    assert first != texts(2)
+    assert first != texts(1, signs=5)
+    # With next to no perturbation both sides of a probe write the same: they draw with the same numbers.
+    assert first[0:2] == first[2:4]
+    assert first[4:6] == first[6:8]
+    assert first[0:2] != evaluator(model, manifest).texts(PROMPTS[:2])
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    model = small_model("llama-tied")
+    writing = Writing(tokens_max=1, temperature=1.0)
+    generator = evaluator(model, manifest_of(model), writing=writing)
+    ids = byte_tokenizer()("ab")["input_ids"]
+    probabilities = torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1], 0)
+    best = int(probabilities.argmax())
+    word = str(byte_tokenizer().decode([best]))
+    found = generator.texts(["ab"] * 2000).count(word) / 2000
+    assert found == pytest.approx(float(probabilities[best]), abs=0.04)
+
+
+def test_the_end_token_ends_a_text() -> None:
+    model = small_model("llama-tied")
+    whole = evaluator(model, manifest_of(model)).texts(["ab"])[0]
+    letter = next(character for character in whole[1:] if character.isascii() and character not in whole[:1])
+    model.generation_config.eos_token_id = [1, byte_tokenizer()(letter)["input_ids"][1]]
+    assert evaluator(model, manifest_of(model)).texts(["ab", "hello"])[0] == whole.partition(letter)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "items", "message"),
+    [
+        ({"reward": lambda prompt, text: "good"}, ["a"], "`reward` returned str; it must return a number"),
+        ({"reward": lambda prompt, text: None}, ["a"], "`reward` returned NoneType"),
+        ({"prompt": lambda item: 3}, ["a"], "`prompt` returned int"),
+        ({"writing": Writing(tokens_max=60)}, ["abcdefgh"], r"has 9 tokens; with 60 new ones .* 64 positions"),
+        ({"writing": Writing(tokens_max=0)}, ["a"], "tokens_max must be at least 1"),
+        ({"writing": Writing(temperature=-1.0)}, ["a"], "temperature at least 0"),
+    ],
+)
+def test_misuse_is_told(changes: dict[str, Any], items: list[str], message: str) -> None:
+    model = small_model("llama-tied")
+    with pytest.raises(ObjectiveError, match=message):
+        evaluator(model, manifest_of(model), **changes).losses(items)
+
+
+def test_a_reward_that_is_not_finite_makes_a_void_code() -> None:
+    model = small_model("llama-tied")
+    run = LocalRun(
+        evaluator(model, manifest_of(model), reward=lambda prompt, text: float("nan")), spec_of(probes=2), [PROMPTS]
+    )
+    assert run.step().codes == b"\x80\x80"
+
+
+def test_rewards_rise() -> None:
+    model = small_model("llama-tied")
+    spec = RunSpec(
+        name="unit",
+        model=spec_of().model,
+        perturbation=PerturbationSpec(epsilon=0.03, initial_scale=0.05),
+        round=RoundSpec(probes_max=48),
+        objective=ObjectiveSpec(examples_per_probe=2),
+    )
+    items = [{"prompt": prompt, "wanted": "abc"} for prompt in PROMPTS]
+    judge = evaluator(
+        model,
+        manifest_of(model),
+        prompt=lambda item: item["prompt"],
+        reward=lambda item, text: sum(letter in item["wanted"] for letter in text) / 8,
+    )
+    run = LocalRun(judge, spec, [items])
+    before = run.loss(items)
+    for _ in run.run(15):
+        pass
+    assert run.loss(items) < before - 0.1, (before, run.loss(items))
+
+
+def test_a_real_tokenizer(shared: Path) -> None:
+    from peerturb.zo.model import load_model
+
+    model, tokenizer = load_model(shared / "models" / "stories260k", "float32")
+    generator: GenerationEvaluator[str] = GenerationEvaluator(
+        model, tokenizer, manifest_of(model), lambda prompt, text: 0.0, writing=Writing(tokens_max=12)
+    )
+    assert generator.texts(["Once upon a time"])[0].startswith(", there was")
+    sampled: GenerationEvaluator[str] = GenerationEvaluator(
+        model, tokenizer, manifest_of(model), lambda prompt, text: 0.0, writing=Writing(tokens_max=12, temperature=1.0)
+    )
+    assert len(set(sampled.texts(["Once upon a time"] * 8))) > 2
