@@ -1,0 +1,212 @@
+"""What `peerturb tune` does: load model and data as a node would, and sweep within a budget of time."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peerturb.errors import DataError, RefusedError, RejectCode, SpecError
+from peerturb.presets import number, preset
+from peerturb.spec import RunSpec
+from peerturb.zo.batch import Runner
+from peerturb.zo.checkpoint import load_checkpoint
+from peerturb.zo.evaluate import evaluate
+from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
+from peerturb.zo.objective import Objective
+from peerturb.zo.search import SETTINGS_TYPICAL, Outcome, Recommendation, Setting, next_setting, recommend
+from peerturb.zo.sweep import Sweep
+from peerturb_node.compute.torch_compute import choose_device, mismatch
+from peerturb_node.data import local_objective
+from peerturb_node.settings import NodeSettings
+
+ROUNDS_MIN, ROUNDS_MAX = 8, 40
+"""Rounds of a setting: fewer tell nothing, more are a training run."""
+
+PROBES_MIN = 16
+"""To which probes are reduced where not even `ROUNDS_MIN` rounds of all settings fit the budget."""
+
+HELD_OUT_MAX = 256
+"""Held-out examples looked at, the first ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """Result of a sweep."""
+
+    model: str
+    parameters: int
+    probes: int
+    """In a round of the sweep."""
+    rounds: int
+    """Of a setting."""
+    start: Setting
+    scale: float
+    """Scale that suits round 0."""
+    outcomes: tuple[Outcome, ...]
+    recommendation: Recommendation
+    is_cut: bool
+    """Whether the budget ended the sweep."""
+    seconds: float
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "probes": self.probes,
+            "rounds": self.rounds,
+            "seconds": round(self.seconds, 1),
+            "is_cut": self.is_cut,
+            "settings": [
+                {
+                    **{key: value for key, value in asdict(one).items() if key != "setting"},
+                    **asdict(one.setting),
+                    "has_diverged": one.has_diverged,
+                    "has_learned": one.has_learned,
+                }
+                for one in self.outcomes
+            ],
+            "recommendation": None
+            if self.recommendation.setting is None
+            else {**asdict(self.recommendation.setting), "initial_scale": self.scale},
+            "text": self.recommendation.text,
+            "toml": self.toml,
+        }
+
+    @property
+    def toml(self) -> str:
+        """The recommended lines of RUN.toml; empty if nothing can be recommended."""
+        chosen = self.recommendation.setting
+        if chosen is None:
+            return ""
+        return "\n".join(
+            [
+                "[perturbation]",
+                f"epsilon = {number(chosen.epsilon)}",
+                f"initial_scale = {number(float(f'{self.scale:.3g}'))}",
+                "",
+                "[step]",
+                f"learning_rate = {number(chosen.learning_rate)}",
+            ]
+        )
+
+
+def tune(
+    spec: RunSpec,
+    settings: NodeSettings,
+    *,
+    checkpoint: Path | None,
+    budget_s: float,
+    probes: int | None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    now_s: Callable[[], float] = time.monotonic,
+) -> Tuned:
+    """Sweep. The budget counts from when model and data are loaded; at least one setting is tried in any time.
+
+    Args:
+        settings: data, held-out data, model, device and the like, as for a node.
+        checkpoint: of this run, to start from instead of the base weights.
+        budget_s: seconds.
+        probes: in a round; None: as many as the RunSpec allows one node.
+        on_outcome: told of every setting as it is done.
+
+    Raises:
+        DataError: no data, or they cannot be used.
+        ModelError: the model or checkpoint cannot be loaded or perturbed.
+        LogError: the checkpoint belongs to another run.
+        RefusedError: the base weights are not the run's.
+    """
+    sweep, start, parameters = _load(spec, settings, checkpoint, probes)
+    began_s = now_s()
+    end_s = began_s + budget_s
+    sweep.settle()
+    rounds = _plan(sweep, now_s() - began_s, budget_s)
+    outcomes: list[Outcome] = []
+    is_cut = False
+    while (setting := next_setting(start, outcomes)) is not None:
+        at_s = now_s()
+        # The first setting may take its time: without one there is nothing to say.
+        outcome = sweep.run(setting, rounds, should_stop=lambda: bool(outcomes) and now_s() >= end_s)
+        if outcome is None:
+            is_cut = True
+            break
+        outcomes.append(replace(outcome, seconds=now_s() - at_s))
+        on_outcome(outcomes[-1])
+    return Tuned(
+        model=spec.model.name,
+        parameters=parameters,
+        probes=sweep.probes,
+        rounds=rounds,
+        start=start,
+        scale=sweep.scale,
+        outcomes=tuple(outcomes),
+        recommendation=recommend(start, outcomes),
+        is_cut=is_cut,
+        seconds=now_s() - began_s,
+    )
+
+
+def _plan(sweep: Sweep[Any], round_s: float, budget_s: float) -> int:
+    """Return the rounds of a setting that a typical sweep has time for; take fewer probes before too few rounds."""
+    wanted = budget_s / SETTINGS_TYPICAL / max(round_s, 1e-6)
+    if wanted < ROUNDS_MIN:
+        sweep.probes = max(min(PROBES_MIN, sweep.probes), int(sweep.probes * wanted / ROUNDS_MIN))
+        return ROUNDS_MIN
+    return min(int(wanted), ROUNDS_MAX)
+
+
+def _load(
+    spec: RunSpec, settings: NodeSettings, checkpoint: Path | None, probes: int | None
+) -> tuple[Sweep[Any], Setting, int]:
+    if settings.data is None:
+        raise DataError("no training data given: --data FILE says what the sweep learns from")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    source = settings.model or spec.model.name
+    model, tokenizer = load_model(source, spec.model.dtype, device=choose_device(settings.device))
+    digest = base_digest(model, spec.model.dtype)
+    if digest != spec.model.digest:
+        raise RefusedError(RejectCode.MODEL_MISMATCH, mismatch(spec, source, digest))
+    manifest = build_manifest(model, spec.model)
+    if checkpoint is not None:
+        named = trainable_weights(model, manifest)
+        load_checkpoint(
+            checkpoint.expanduser(), manifest, named, spec_digest=spec.digest.hex(), base_digest=spec.model.digest
+        )
+    objective = Objective(local_objective(spec.objective, settings), tokenizer, positions_max=positions_max(model))
+    items = objective.load(settings.data.expanduser())
+    held = objective.load(settings.eval.expanduser())[:HELD_OUT_MAX] if settings.eval is not None else []
+    runner = Runner(model, manifest, objective)
+
+    def held_out() -> float:
+        found = evaluate(runner, held)
+        assert found is not None  # nothing stops it
+        return found.loss
+
+    parameters = sum(entry.elements for entry in manifest)
+    start = starting_point(spec, parameters)
+    sweep = Sweep(
+        runner, spec, items, manifest,
+        held_out=held_out if held else None, probes=probes, rows_max=settings.rows or None,
+    )  # fmt: skip
+    return sweep, start, parameters
+
+
+def starting_point(spec: RunSpec, parameters: int) -> Setting:
+    """Return where the search begins: what RUN.toml says, and the preset for the model's size where it says nothing.
+
+    Raises:
+        SpecError: the rule is `sgd`, whose rates have no preset, and no rate is given.
+    """
+    chosen = preset(parameters, spec.objective.kind, dtype=spec.model.dtype)
+    is_given = "learning_rate" in spec.step.model_fields_set
+    if spec.step.rule == "sgd" and not is_given:
+        raise SpecError('step.rule = "sgd" has no preset: give step.learning_rate, 1e-5 for instance, to start from')
+    has_epsilon = "epsilon" in spec.perturbation.model_fields_set
+    return Setting(
+        epsilon=spec.perturbation.epsilon if has_epsilon else chosen.epsilon,
+        learning_rate=spec.step.learning_rate if is_given else chosen.learning_rate,
+    )
