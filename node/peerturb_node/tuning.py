@@ -16,17 +16,23 @@ from peerturb.zo.checkpoint import load_checkpoint
 from peerturb.zo.evaluate import evaluate
 from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
 from peerturb.zo.objective import Objective
-from peerturb.zo.search import SETTINGS_TYPICAL, Outcome, Recommendation, Setting, next_setting, recommend
+from peerturb.zo.search import SETTINGS_TYPICAL, Outcome, Recommendation, Setting, finalists, next_setting, recommend
 from peerturb.zo.sweep import Sweep
 from peerturb_node.compute.torch_compute import choose_device, mismatch
 from peerturb_node.data import local_objective
 from peerturb_node.settings import NodeSettings
 
-ROUNDS_MIN, ROUNDS_MAX = 8, 40
+ROUNDS_MIN, ROUNDS_MAX = 6, 40
 """Rounds of a setting: fewer tell nothing, more are a training run."""
 
 PROBES_MIN = 16
 """To which probes are reduced where not even `ROUNDS_MIN` rounds of all settings fit the budget."""
+
+SEARCH_SHARE = 0.4
+"""Part of the budget that the search is planned for; the rest is for the longer trials."""
+
+FINAL_ROUNDS_MAX = 160
+"""Rounds of a longer trial."""
 
 HELD_OUT_MAX = 256
 """Held-out examples looked at, the first ones."""
@@ -46,6 +52,9 @@ class Tuned:
     scale: float
     """Scale that suits round 0."""
     outcomes: tuple[Outcome, ...]
+    """Of the search."""
+    final: tuple[Outcome, ...]
+    """Of the longer trials; empty if there was no time for both."""
     recommendation: Recommendation
     is_cut: bool
     """Whether the budget ended the sweep."""
@@ -60,15 +69,8 @@ class Tuned:
             "rounds": self.rounds,
             "seconds": round(self.seconds, 1),
             "is_cut": self.is_cut,
-            "settings": [
-                {
-                    **{key: value for key, value in asdict(one).items() if key != "setting"},
-                    **asdict(one.setting),
-                    "has_diverged": one.has_diverged,
-                    "has_learned": one.has_learned,
-                }
-                for one in self.outcomes
-            ],
+            "settings": [_document(one) for one in self.outcomes],
+            "final": [_document(one) for one in self.final],
             "recommendation": None
             if self.recommendation.setting is None
             else {**asdict(self.recommendation.setting), "initial_scale": self.scale},
@@ -92,6 +94,11 @@ class Tuned:
                 f"learning_rate = {number(chosen.learning_rate)}",
             ]
         )
+
+
+def _document(one: Outcome) -> dict[str, Any]:
+    values = {key: value for key, value in asdict(one).items() if key != "setting"}
+    return {**asdict(one.setting), **values, "has_diverged": one.has_diverged, "has_learned": one.has_learned}
 
 
 def tune(
@@ -123,18 +130,39 @@ def tune(
     began_s = now_s()
     end_s = began_s + budget_s
     sweep.settle()
-    rounds = _plan(sweep, now_s() - began_s, budget_s)
+    rounds = _plan(sweep, now_s() - began_s, SEARCH_SHARE * budget_s)
     outcomes: list[Outcome] = []
-    is_cut = False
-    while (setting := next_setting(start, outcomes)) is not None:
+
+    def run(setting: Setting, rounds: int) -> Outcome | None:
         at_s = now_s()
         # The first setting may take its time: without one there is nothing to say.
         outcome = sweep.run(setting, rounds, should_stop=lambda: bool(outcomes) and now_s() >= end_s)
         if outcome is None:
-            is_cut = True
+            return None
+        outcome = replace(outcome, seconds=now_s() - at_s)
+        on_outcome(outcome)
+        return outcome
+
+    def search(*, with_epsilon: bool) -> bool:
+        """Go on with the search; return whether time ended it."""
+        while (setting := next_setting(start, outcomes)) is not None:
+            if setting.epsilon != start.epsilon and not with_epsilon:
+                break
+            if (outcome := run(setting, rounds)) is None:
+                return True
+            outcomes.append(outcome)
+        return False
+
+    # Epsilon last: it matters least where time is short.
+    is_cut = search(with_epsilon=False)
+    final: list[Outcome] = []
+    longer = 0 if is_cut else _longer(outcomes, rounds, end_s - now_s())
+    for setting in finalists(start, outcomes) if longer else ():
+        if (outcome := run(setting, longer)) is None:
+            final, is_cut = [], True  # one alone cannot be compared
             break
-        outcomes.append(replace(outcome, seconds=now_s() - at_s))
-        on_outcome(outcomes[-1])
+        final.append(outcome)
+    is_cut = is_cut or search(with_epsilon=True)
     return Tuned(
         model=spec.model.name,
         parameters=parameters,
@@ -143,7 +171,8 @@ def tune(
         start=start,
         scale=sweep.scale,
         outcomes=tuple(outcomes),
-        recommendation=recommend(start, outcomes),
+        final=tuple(final),
+        recommendation=recommend(start, outcomes, final),
         is_cut=is_cut,
         seconds=now_s() - began_s,
     )
@@ -156,6 +185,16 @@ def _plan(sweep: Sweep[Any], round_s: float, budget_s: float) -> int:
         sweep.probes = max(min(PROBES_MIN, sweep.probes), int(sweep.probes * wanted / ROUNDS_MIN))
         return ROUNDS_MIN
     return min(int(wanted), ROUNDS_MAX)
+
+
+def _longer(outcomes: list[Outcome], rounds: int, left_s: float) -> int:
+    """Return the rounds of two longer trials, beside two more settings; 0 if they would hardly be longer."""
+    whole = [one.seconds / one.rounds for one in outcomes if one.rounds == rounds]
+    if not whole:
+        return 0
+    # A tenth in reserve: a trial that is cut short is lost.
+    possible = int(0.9 * left_s / 2 / max(max(whole), 1e-6)) - rounds
+    return min(possible, FINAL_ROUNDS_MAX) if possible >= 1.5 * rounds else 0
 
 
 def _load(

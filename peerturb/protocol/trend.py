@@ -15,17 +15,16 @@ DIVERGING = "diverging"
 WINDOW_ROUNDS = 8
 """Rounds whose losses are averaged and compared."""
 
-STANDARD_ERRORS = 6.0
-"""How far a window must lie above the best one: that is the lowest of very many, so ordinary noise reaches three."""
-
-STREAK = 2
-"""Windows in a row that must say the same: one alone may be an outlier, or a dip that the run leaves by itself."""
+LEVELS = ((6.0, 2), (4.0, 4))
+"""(standard errors, windows in a row): how far above the best window, and how often in a row. The best is the lowest of
+very many, so ordinary noise reaches three errors; one window alone may be an outlier, or a dip that the run leaves by
+itself. The second level finds a slower rise under much noise."""
 
 RELATIVE_RISE = 0.05
 """Smallest part of the best mean that is worth a sentence, whatever the noise: less than that, a run with a slightly
 large learning rate wanders all the time."""
 
-NEWS = 0.25
+NEWS = 0.125
 """Weight of a new window in the estimate of the noise; one window has only seven differences to tell it from."""
 
 LOST_GAIN = 0.2
@@ -54,8 +53,8 @@ class Trend:
     best: Window | None = None
     """The window with the lowest mean."""
     last: Window | None = None
-    above: int = 0
-    """Windows in a row, up to the last, that lie above the best one."""
+    above: tuple[int, ...] = (0,) * len(LEVELS)
+    """Windows in a row, up to the last, that lie so far above the best one: for each level."""
     variance: float = 0.0
     """Of a window's mean: smoothed over the windows so far."""
     is_rising: bool = False
@@ -75,8 +74,12 @@ class Trend:
         self.last = window
         if math.isfinite(window.mean):
             self.variance += (NEWS if self.start else 1.0) * (window.variance - self.variance)
-        self.above = self.above + 1 if self._is_above(window) else 0
-        self.is_rising = self.above >= STREAK or (self.is_rising and self.above > 0)
+        self.above = tuple(
+            count + 1 if self._is_above(window, errors) else 0
+            for count, (errors, _) in zip(self.above, LEVELS, strict=True)
+        )
+        is_certain = any(count >= streak for count, (_, streak) in zip(self.above, LEVELS, strict=True))
+        self.is_rising = is_certain or (self.is_rising and any(self.above))
         if math.isfinite(window.mean):
             self.start = self.start or window
             if self.best is None or window.mean < self.best.mean:
@@ -99,14 +102,14 @@ class Trend:
             f"rounds {best.first}-{best.last}; {advice}"
         )
 
-    def _is_above(self, window: Window) -> bool:
+    def _is_above(self, window: Window, errors: float) -> bool:
         if not math.isfinite(window.mean):
             return True
         if self.best is None or self.start is None:
             return False
         # A window that is noisier than the others, for instance by an outlier, is judged by its own noise.
         variances = (max(self.variance, one.variance) for one in (self.best, window))
-        noise = STANDARD_ERRORS * math.sqrt(sum(variances))
+        noise = errors * math.sqrt(sum(variances))
         matters = max(RELATIVE_RISE * abs(self.best.mean), LOST_GAIN * (self.start.mean - self.best.mean))
         return window.mean - self.best.mean > max(noise, matters)
 

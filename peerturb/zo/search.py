@@ -1,7 +1,8 @@
 """Which (epsilon, learning rate) to try next, and which to recommend. Pure: it sees outcomes, no model.
 
 Rates first, in steps of three from the start until the best one lies between two that were tried; then epsilon, ten
-times larger and smaller, at the best rate.
+times larger and smaller, at the best rate. Few rounds flatter large rates: a rate can lead after ten rounds and rise
+from there on. So what time is left goes to a longer trial of the best rate against a third of it.
 """
 
 import math
@@ -111,11 +112,26 @@ def next_setting(start: Setting, done: Sequence[Outcome]) -> Setting | None:
     return None
 
 
-def recommend(start: Setting, done: Sequence[Outcome]) -> Recommendation:
+def finalists(start: Setting, done: Sequence[Outcome]) -> list[Setting]:
+    """Return what to try for longer: the rate that gained most, and a third of it. Nothing if nothing has learned."""
+    learned = [one for one in done if one.has_learned and not one.has_diverged]
+    if not learned:
+        return []
+    most = max(learned, key=lambda one: (one.setting.epsilon == start.epsilon, one.gain)).setting
+    smaller = two_digits(most.learning_rate / RATE_STEP)
+    return [Setting(epsilon=most.epsilon, learning_rate=smaller), most]
+
+
+def recommend(start: Setting, done: Sequence[Outcome], final: Sequence[Outcome] = ()) -> Recommendation:
     """Return the setting to use and why.
 
     Among rates whose gain is nearly the best, the smallest one; another epsilon than the start's only where it gains
     more by more than its error.
+
+    Args:
+        start: where the search began.
+        done: outcomes of the search.
+        final: outcomes of the longer trials; if one of them has learned, the rate is chosen among them.
     """
     learned = [one for one in done if one.has_learned and not one.has_diverged]
     if not learned:
@@ -128,10 +144,19 @@ def recommend(start: Setting, done: Sequence[Outcome]) -> Recommendation:
     epsilon = chosen.setting.epsilon
     if better.gain - most > ERRORS * better.error:
         epsilon = better.setting.epsilon
+    finished = [one for one in final if one.has_learned and not one.has_diverged]
+    if finished:
+        chosen = _smallest_of_the_best(finished)
     rate = chosen.setting.learning_rate
     gain = f"the loss falls by {chosen.gain:.4f} in {chosen.rounds} rounds"
-    text = f"learning rate {rate:g}, epsilon {epsilon:g}: {gain}; {_neighbours(chosen, done)}"
+    text = f"learning rate {rate:g}, epsilon {epsilon:g}: {gain}; {_neighbours(chosen, final if finished else done)}"
     return Recommendation(setting=Setting(epsilon=epsilon, learning_rate=rate), text=text)
+
+
+def _smallest_of_the_best(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the smallest rate whose gain is nearly the largest."""
+    most = max(one.gain for one in outcomes)
+    return min((one for one in outcomes if one.gain >= ENOUGH_GAIN * most), key=lambda one: one.setting.learning_rate)
 
 
 def _nothing(done: Sequence[Outcome]) -> str:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerturb.zo.search import RATES_MAX, Outcome, Setting, next_setting, recommend
+from peerturb.zo.search import RATES_MAX, Outcome, Setting, finalists, next_setting, recommend
 
 START = Setting(epsilon=1e-3, learning_rate=1e-2)
 
@@ -111,3 +111,25 @@ def test_what_is_said_when_nothing_can_be_recommended() -> None:
 def test_the_sentence_names_what_the_next_larger_rate_did() -> None:
     done = [outcome(START, 4.0), outcome(Setting(epsilon=1e-3, learning_rate=3e-2), math.nan)]
     assert "0.03 diverges" in recommend(START, done).text
+
+
+def test_the_longer_trial_decides_over_a_rate_that_only_led_at_first() -> None:
+    large, small = Setting(epsilon=1e-3, learning_rate=3e-2), START
+    done = [outcome(small, 4.5), outcome(large, 4.0)]
+    assert recommend(START, done).setting == large
+    assert finalists(START, done) == [small, large]
+    assert recommend(START, done, [outcome(small, 3.8), outcome(large, 3.9)]).setting == small
+    assert recommend(START, done, [outcome(small, 3.8), outcome(large, math.nan)]).setting == small
+    assert recommend(START, done, [outcome(small, 3.8), outcome(large, 3.4)]).setting == large
+    assert "0.03 diverges" in recommend(START, done, [outcome(small, 3.8), outcome(large, math.nan)]).text
+
+
+def test_without_anything_learned_there_is_no_longer_trial() -> None:
+    assert finalists(START, [outcome(START, 6.0)]) == []
+    assert finalists(START, []) == []
+
+
+def test_longer_trials_are_at_the_epsilon_of_the_start_where_that_learned() -> None:
+    other = Setting(epsilon=1e-2, learning_rate=1e-2)
+    assert {one.epsilon for one in finalists(START, [outcome(START, 4.5), outcome(other, 4.0)])} == {1e-3}
+    assert {one.epsilon for one in finalists(START, [outcome(START, 6.0), outcome(other, 4.0)])} == {1e-2}

@@ -116,11 +116,9 @@ def _show(found: "Tuned", out: Path | None) -> None:
     console = Console()
     if console.width < _WIDTH:  # a cut cell says nothing; a terminal wraps the line
         console = Console(width=_WIDTH)
-    console.print(
-        f"{found.parameters:,} parameters, {found.rounds} rounds of {found.probes} probes each, {found.seconds:.0f} s"
-    )
+    console.print(f"{found.parameters:,} parameters, {found.probes} probes a round, {found.seconds:.0f} s")
     has_held_out = any(one.held_out_after is not None for one in found.outcomes)
-    table = Table("epsilon", "rate", "training loss", "+-", box=None)
+    table = Table("rounds", "epsilon", "rate", "training loss", "+-", box=None)
     if has_held_out:
         table.add_column("held-out loss")
     for heading in ("clipped", "rms(c)", ""):
@@ -128,8 +126,9 @@ def _show(found: "Tuned", out: Path | None) -> None:
     for column in table.columns:
         column.no_wrap = True
         column.justify = "left" if column is table.columns[-1] else "right"
-    for one in sorted(found.outcomes, key=lambda one: (one.setting.epsilon, one.setting.learning_rate)):
-        cells = [f"{one.setting.epsilon:g}", f"{one.setting.learning_rate:g}"]
+    search = sorted(found.outcomes, key=lambda one: (one.setting.epsilon, one.setting.learning_rate))
+    for one in (*search, *found.final):
+        cells = [str(one.rounds), f"{one.setting.epsilon:g}", f"{one.setting.learning_rate:g}"]
         cells += [_course(one.before, one.after), f"{one.error:.4f}"]
         cells += [_course(one.held_out_before, one.held_out_after)] if has_held_out else []
         cells += [f"{100 * one.clipped:.1f} %", f"{one.rms:.0f}", _verdict(found, one)]
@@ -150,7 +149,7 @@ def _course(before: float | None, after: float | None) -> str:
 
 
 def _verdict(found: "Tuned", one: "Outcome") -> str:
-    if one.setting == found.recommendation.setting:
+    if one.setting == found.recommendation.setting and (one in found.final or not found.final):
         return "[bold green]recommended[/]"
     if one.has_diverged:
         return "[red]diverges[/]"
