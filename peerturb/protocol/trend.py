@@ -12,13 +12,10 @@ from peerturb.protocol.outputs import Notice
 DIVERGING = "diverging"
 """Code of the notice that says so."""
 
-WINDOW_ROUNDS = 8
-"""Rounds whose losses are averaged and compared."""
-
-LEVELS = ((6.0, 2), (4.0, 4))
-"""(standard errors, windows in a row): how far above the best window, and how often in a row. The best is the lowest of
-very many, so ordinary noise reaches three errors; one window alone may be an outlier, or a dip that the run leaves by
-itself. The second level finds a slower rise under much noise."""
+SCALES = ((8, 6.0, 2), (32, 4.0, 2))
+"""(rounds in a window, standard errors, windows in a row): what is averaged, how far it must lie above the best window,
+and how often in a row. The best is the lowest of very many, so ordinary noise reaches three errors and more; one window
+alone may be an outlier, or a dip that the run leaves by itself. Long windows find a rise under much noise, later."""
 
 RELATIVE_RISE = 0.05
 """Smallest part of the best mean that is worth a sentence, whatever the noise: less than that, a run with a slightly
@@ -46,15 +43,19 @@ class Window:
 
 
 @dataclass(slots=True, kw_only=True)
-class Trend:
-    """State after some sealed rounds."""
+class Scale:
+    """Windows of one length."""
 
+    rounds: int
+    """In a window; at least 2."""
+    errors: float
+    streak: int
     start: Window | None = None
     best: Window | None = None
     """The window with the lowest mean."""
     last: Window | None = None
-    above: tuple[int, ...] = (0,) * len(LEVELS)
-    """Windows in a row, up to the last, that lie so far above the best one: for each level."""
+    above: int = 0
+    """Windows in a row, up to the last, that lie so far above the best one."""
     variance: float = 0.0
     """Of a window's mean: smoothed over the windows so far."""
     is_rising: bool = False
@@ -67,19 +68,15 @@ class Trend:
         if not self._losses:
             self._first = round
         self._losses.append(loss)
-        if len(self._losses) < WINDOW_ROUNDS:
+        if len(self._losses) < self.rounds:
             return
         window = _window(self._first, round, self._losses)
         self._losses = []
         self.last = window
         if math.isfinite(window.mean):
             self.variance += (NEWS if self.start else 1.0) * (window.variance - self.variance)
-        self.above = tuple(
-            count + 1 if self._is_above(window, errors) else 0
-            for count, (errors, _) in zip(self.above, LEVELS, strict=True)
-        )
-        is_certain = any(count >= streak for count, (_, streak) in zip(self.above, LEVELS, strict=True))
-        self.is_rising = is_certain or (self.is_rising and any(self.above))
+        self.above = self.above + 1 if self._is_above(window) else 0
+        self.is_rising = self.above >= self.streak or (self.is_rising and self.above > 0)
         if math.isfinite(window.mean):
             self.start = self.start or window
             if self.best is None or window.mean < self.best.mean:
@@ -102,16 +99,47 @@ class Trend:
             f"rounds {best.first}-{best.last}; {advice}"
         )
 
-    def _is_above(self, window: Window, errors: float) -> bool:
+    def _is_above(self, window: Window) -> bool:
         if not math.isfinite(window.mean):
             return True
         if self.best is None or self.start is None:
             return False
         # A window that is noisier than the others, for instance by an outlier, is judged by its own noise.
         variances = (max(self.variance, one.variance) for one in (self.best, window))
-        noise = errors * math.sqrt(sum(variances))
+        noise = self.errors * math.sqrt(sum(variances))
         matters = max(RELATIVE_RISE * abs(self.best.mean), LOST_GAIN * (self.start.mean - self.best.mean))
         return window.mean - self.best.mean > max(noise, matters)
+
+
+@dataclass(slots=True, kw_only=True)
+class Trend:
+    """State after some sealed rounds, on every scale."""
+
+    scales: tuple[Scale, ...] = field(
+        default_factory=lambda: tuple(
+            Scale(rounds=rounds, errors=errors, streak=streak) for rounds, errors, streak in SCALES
+        )
+    )
+
+    def take(self, round: int, loss: float) -> None:
+        """Take in the loss of the next sealed round, which may be NaN."""
+        for scale in self.scales:
+            scale.take(round, loss)
+
+    @property
+    def is_rising(self) -> bool:
+        """Whether a rise is certain on some scale."""
+        return any(scale.is_rising for scale in self.scales)
+
+    @property
+    def warning(self) -> str:
+        """What to tell people while the loss rises; empty otherwise."""
+        return next((scale.warning for scale in self.scales if scale.is_rising), "")
+
+    @property
+    def last(self) -> Window | None:
+        """The newest of the shortest windows."""
+        return self.scales[0].last
 
 
 def _window(first: int, last: int, losses: list[float]) -> Window:
