@@ -60,7 +60,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "model": Command(
         target="peerturb_node.cli.model:app",
-        summary="Print a base model's digest and tensors, as a RunSpec needs them.",
+        summary="Print a base model's digest and tensors, and a RUN.toml to start from.",
+    ),
+    "tune": Command(
+        target="peerturb_node.cli.tune:app",
+        summary="Find a learning rate and epsilon by a short sweep on your model and data.",
     ),
     "bench": Command(
         target="peerturb_bench.cli:app",

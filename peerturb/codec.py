@@ -89,17 +89,20 @@ def next_scale(scale: float, codes: Codes) -> np.float32:
     return np.float32(min(max(float(scale) * factor, SCALE_MIN), SCALE_MAX))
 
 
-def learning_rate(step: StepSpec, round: int, total_rounds: int) -> float:
+def learning_rate(step: StepSpec, round: int, total_rounds: int, *, fraction: float = 1.0) -> float:
     """Return the learning rate of a round in f64.
 
     With w warm-up rounds: lr * (round + 1) / (w + 1) before round w. From then on t = (round - w) / (total - w), at
     most 1, and lr * (f + (1 - f) * shape), f the final fraction, shape 1 - t (linear) or (1 + cos(pi t)) / 2 (cosine).
+    The plateau schedule has lr * `fraction`, which `peerturb.plateau.Plateau` finds from the rounds before this one.
     """
     rate, warmup = step.learning_rate, step.warmup_rounds
     if round < warmup:
         return rate * (round + 1) / (warmup + 1)
     if step.schedule == "constant":
         return rate
+    if step.schedule == "plateau":
+        return rate * fraction
     progress = min((round - warmup) / max(total_rounds - warmup, 1), 1.0)
     shape = 1.0 - progress if step.schedule == "linear" else _raised_cosine(progress)
     return rate * (step.final_fraction + (1.0 - step.final_fraction) * shape)
@@ -118,11 +121,13 @@ def _raised_cosine(t: float) -> float:
     return cosine * cosine
 
 
-def step_size(step: StepSpec, round: int, scale: float, codes: Codes, total_rounds: int) -> np.float32:
+def step_size(
+    step: StepSpec, round: int, scale: float, codes: Codes, total_rounds: int, *, fraction: float = 1.0
+) -> np.float32:
     """Return alpha of a sealed round: what the integer sum of codes x signs is multiplied by.
 
     `sgd`: lr * s / n; `normalized`: lr / (n * rms(c)), rms from the exact integer sum of squares; n counts valid codes.
-    Zero if no valid code differs from zero; at most 2^64.
+    Zero if no valid code differs from zero; at most 2^64. `fraction` is for the plateau schedule: see `learning_rate`.
 
     Raises:
         LogError: the scale is outside its bounds.
@@ -131,7 +136,7 @@ def step_size(step: StepSpec, round: int, scale: float, codes: Codes, total_roun
     count, squares = _valid_squares(codes)
     if squares == 0:
         return np.float32(0.0)
-    rate = learning_rate(step, round, total_rounds)
+    rate = learning_rate(step, round, total_rounds, fraction=fraction)
     alpha = rate * float(scale) / count if step.rule == "sgd" else rate / (count * math.sqrt(squares / count))
     return np.float32(min(alpha, STEP_MAX))
 

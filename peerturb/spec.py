@@ -11,7 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from peerturb import limits
 from peerturb.errors import SpecError
@@ -86,17 +92,48 @@ class PerturbationSpec(Section):
     """s of round 0; later scales follow from the sealed codes."""
 
 
+class PlateauSpec(Section):
+    """When a loss that no longer falls cuts the learning rate (`peerturb.plateau`)."""
+
+    window: int = Field(default=20, ge=1, le=limits.ROUNDS_MAX)
+    """Rounds whose losses are averaged: one round's loss is too noisy to compare."""
+    patience: int = Field(default=2, ge=1, le=limits.ROUNDS_MAX)
+    """Windows in a row that are no better than the best one, before a cut."""
+    factor: float = Field(default=0.5, gt=0, lt=1)
+    """What a cut multiplies the rate by; it never falls below `final_fraction` of `learning_rate`."""
+    threshold: float = Field(default=1e-3, ge=0, lt=1)
+    """Part of the best mean by which a window must be better to count as better."""
+
+
 class StepSpec(Section):
     """How codes become a step."""
 
     rule: Literal["normalized", "sgd"] = "normalized"
     """`normalized`: lr / (n rms(c)), blind to the loss's scale; `sgd`: lr s / n."""
     learning_rate: float = Field(default=1.5e-2, gt=0, le=1e3)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate over `round.count` rounds, from `learning_rate` to `final_fraction` of it."""
+    schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
+    """Course of the learning rate, from `learning_rate` to `final_fraction` of it: over `round.count` rounds, or
+    (`plateau`) cut whenever the sealed losses stop falling."""
     final_fraction: float = Field(default=0.0, ge=0, le=1)
     warmup_rounds: int = Field(default=0, ge=0, le=limits.ROUNDS_MAX)
     """Rounds over which the rate rises linearly from zero before the schedule begins."""
+    plateau: PlateauSpec | None = None
+    """Settings of the `plateau` schedule, and only there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plateau_has_defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("schedule") == "plateau" and data.get("plateau") is None:
+            return {**data, "plateau": {}}
+        return data
+
+    @model_validator(mode="after")
+    def _plateau_fits_the_schedule(self) -> Self:
+        if self.plateau is not None and self.schedule != "plateau":
+            raise ValueError(
+                f'`plateau` is given, but schedule is "{self.schedule}": write schedule = "plateau" or leave it out'
+            )
+        return self
 
 
 class RoundSpec(Section):
@@ -235,7 +272,7 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _schedules_have_an_end(self) -> Self:
-        if self.step.schedule != "constant" and self.round.count == 0:
+        if self.step.schedule in ("linear", "cosine") and self.round.count == 0:
             raise ValueError(f'step.schedule = "{self.step.schedule}" needs round.count, the number of rounds')
         return self
 

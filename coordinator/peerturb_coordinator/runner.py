@@ -17,6 +17,7 @@ from peerturb.protocol.messages import Disconnected, FromPeer
 from peerturb.protocol.outputs import Append, CoordinatorOutput, Notice, Reject, Send, SessionId
 from peerturb.protocol.records import PeerJoined, PeerLeft, Record, RoundOpened, RoundSealed, RunFinished
 from peerturb.protocol.status import CoordinatorStatus
+from peerturb.protocol.trend import DIVERGING
 from peerturb.wire.records import encode_record
 from peerturb_coordinator.events import Events
 from peerturb_coordinator.feed import Feed
@@ -128,7 +129,8 @@ class Runner:
                         self._reject(effect, self._sessions.get(effect.session))
                     case Notice(code=code, text=text):
                         self.counts[f"notice_{code}"] += 1
-                        self._events.info(code, text=text)
+                        report = self._events.warning if code == DIVERGING else self._events.info
+                        report(code, text=text)
                     case Append():
                         raise AssertionError("drive hands records out as Persist")
                     case _:

@@ -31,6 +31,7 @@ def to_wire(
         uptime_ms=uptime_ms,
         digest_mismatches=counters.digest_mismatches,
         rejects={code.name.lower(): count for code, count in counters.rejects.items() if count},
+        warning=status.warning,
         seals={reason.value: count for reason, count in counters.seals.items() if count},
     )
 

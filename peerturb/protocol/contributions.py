@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from peerturb import limits
 from peerturb.ids import Slot
 from peerturb.protocol.floats import f32
-from peerturb.protocol.ledger import VOID_BYTE, Ledger, step_size
+from peerturb.protocol.ledger import VOID_BYTE, Ledger
 from peerturb.protocol.messages import Contribution
 from peerturb.protocol.records import RoundSealed
 
@@ -57,8 +57,7 @@ class Contributions:
 
     def seal(self, ledger: Ledger) -> RoundSealed:
         """Seal the open round: the contributions measured on the canonical weights. At least one must be there."""
-        spec, opened = ledger.spec, ledger.open
-        assert spec is not None
+        opened = ledger.open
         assert opened is not None
         digest = self.canonical_digest(ledger)
         chosen = sorted(slot for slot, pending in self.of_slot.items() if pending.contribution.digest == digest)
@@ -66,7 +65,7 @@ class Contributions:
         codes = b"".join(part.codes for part in parts)
         return RoundSealed(
             round=opened.round,
-            alpha=step_size(spec, opened.round, opened.scale, codes),
+            alpha=ledger.alpha_for(codes),
             loss=_mean_loss(parts),
             digest=digest,
             slots=tuple(chosen),

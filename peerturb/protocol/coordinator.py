@@ -30,6 +30,7 @@ from peerturb.protocol.records import (
 )
 from peerturb.protocol.sealing import SealDecision, SealReason, seal_decision
 from peerturb.protocol.status import CoordinatorStatus, Counters, describe_run
+from peerturb.protocol.trend import TrendNews
 from peerturb.spec import RunSpec
 
 _STALLS = (SealReason.NO_PEERS, SealReason.TOO_FEW)
@@ -52,6 +53,7 @@ class CoordinatorMachine:
         self._stall: SealReason | None = None
         self._losses: dict[Slot, float] = {}
         self._lagging: list[Slot] = []
+        self._trend_news = TrendNews()
 
     @staticmethod
     def first_record(spec: RunSpec) -> RunStarted:
@@ -121,6 +123,8 @@ class CoordinatorMachine:
                 )
                 for slot in slots
             ]
+        if (news := self._trend_news.next(self.ledger.trend)) is not None:
+            return [news]
         if self.ledger.is_finished:
             return []
         if self.ledger.open is None:

@@ -12,6 +12,7 @@ from typing import assert_never
 from peerturb import codec, limits
 from peerturb.errors import LogError
 from peerturb.ids import PeerKey, Position, RoundNumber, Slot, short_hex
+from peerturb.plateau import Plateau
 from peerturb.protocol.floats import f32, is_f32
 from peerturb.protocol.records import (
     Evaluated,
@@ -24,6 +25,7 @@ from peerturb.protocol.records import (
     RunFinished,
     RunStarted,
 )
+from peerturb.protocol.trend import Trend
 from peerturb.spec import RunSpec
 
 _START = Position(0)
@@ -79,6 +81,10 @@ class Ledger:
     probes: int = 0
     void_codes: int = 0
     is_finished: bool = False
+    plateau: Plateau = field(default_factory=Plateau)
+    """What the sealed losses say about the learning rate (`plateau` schedule)."""
+    trend: Trend = field(default_factory=Trend)
+    """Whether the sealed losses rise. Nothing in the log depends on it."""
 
     @classmethod
     def fold(cls, records: Iterable[Record]) -> "Ledger":
@@ -105,6 +111,12 @@ class Ledger:
         """Return the scale that follows the open round if it is sealed so: an f32 value."""
         assert self.open is not None
         return f32(float(codec.next_scale(self.open.scale, sealed.codes)))
+
+    def alpha_for(self, codes: bytes) -> float:
+        """Return the step size that follows from the open round's codes and the rounds before it: an f32 value."""
+        assert self.spec is not None
+        assert self.open is not None
+        return step_size(self.spec, self.open.round, self.open.scale, codes, fraction=self.plateau.fraction)
 
     def apply(self, record: Record) -> None:
         """Check the record and take it in.
@@ -169,6 +181,7 @@ class Ledger:
 
     def _seal(self, record: RoundSealed) -> None:
         assert self.open is not None
+        assert self.spec is not None
         for slot, count in zip(record.slots, record.counts, strict=True):
             member = self.members[slot]
             member.last_round = record.round
@@ -181,6 +194,8 @@ class Ledger:
         self.void_codes += record.codes.count(VOID_BYTE)
         self.sealed_rounds = record.round + 1
         self.last_sealed_at = self.position
+        self.plateau.take(self.spec.step, record.round, record.loss)
+        self.trend.take(record.round, record.loss)
         self.open = None
 
     def _objection_to_join(self, record: PeerJoined) -> str | None:
@@ -228,7 +243,7 @@ class Ledger:
         first = spec.first_digest if record.round == 0 else None
         if first is not None and record.digest != first:
             return f"was measured on weights {short_hex(record.digest)}; the base weights are {short_hex(first)}"
-        alpha = step_size(spec, record.round, self.open.scale, record.codes)
+        alpha = self.alpha_for(record.codes)
         if record.alpha != alpha:
             return f"has step size {record.alpha!r}; from the codes follows {alpha!r}"
         return None
@@ -253,9 +268,9 @@ class Ledger:
         return None
 
 
-def step_size(spec: RunSpec, round_: RoundNumber, scale: float, codes: bytes) -> float:
-    """Return the alpha that follows from a round's codes, as an f32 value."""
-    return f32(float(codec.step_size(spec.step, round_, scale, codes, spec.round.count)))
+def step_size(spec: RunSpec, round_: RoundNumber, scale: float, codes: bytes, *, fraction: float = 1.0) -> float:
+    """Return the alpha that follows from a round's codes, as an f32 value; `fraction` is the plateau schedule's."""
+    return f32(float(codec.step_size(spec.step, round_, scale, codes, spec.round.count, fraction=fraction)))
 
 
 def shape_objection(record: RoundSealed, *, probes_max: int = limits.PROBES_PER_CONTRIBUTION_MAX) -> str | None:

@@ -41,6 +41,7 @@ from peerturb.protocol.probing import ProbeBudget
 from peerturb.protocol.records import Record, RoundSealed, RunStarted
 from peerturb.protocol.replica import APPLIES_MAX, Replica
 from peerturb.protocol.results import Applied, EvaluatedResult, Measured, Rebuilt, Result
+from peerturb.protocol.trend import TrendNews
 from peerturb.spec import PROTOCOL_VERSION, RunSpec
 
 __all__ = ["APPLIES_MAX", "PeerMachine", "PeerStatus", "Session"]
@@ -105,6 +106,7 @@ class PeerMachine:
         self._inbox: deque[Record] = deque()
         self._evaluating = False
         self._evaluated_at = -1
+        self._trend_news = TrendNews()
 
     # --- what the shell tells ---------------------------------------------------------------------------------------
 
@@ -238,6 +240,7 @@ class PeerMachine:
             digest=self._replica.digest,
             is_finished=self.ledger.is_finished,
             contributions=0 if member is None else member.contributions,
+            warning=self.ledger.trend.warning,
         )
 
     # --- session ----------------------------------------------------------------------------------------------------
@@ -325,6 +328,8 @@ class PeerMachine:
         if self._session is not Session.JOINED or opened is None or self.ledger.position < self._head:
             return []
         self._replica.is_live = True
+        if (news := self._trend_news.next(self.ledger.trend)) is not None:
+            return [news]
         return self._measuring.step(opened, self._replica.digest) or self._evaluation()
 
     def _evaluation(self) -> list[PeerOutput]:

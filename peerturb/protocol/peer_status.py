@@ -38,3 +38,5 @@ class PeerStatus:
     is_finished: bool
     contributions: int
     """Contributions that stand in sealed rounds, ever."""
+    warning: str
+    """Why the run seems to diverge and what to do; empty while it does not."""

@@ -62,6 +62,8 @@ class CoordinatorStatus:
     alpha: float
     digest: int
     is_finished: bool
+    warning: str
+    """Why the run seems to diverge and what to do; empty while it does not."""
 
 
 def describe_run(
@@ -108,4 +110,5 @@ def describe_run(
         alpha=ledger.alpha,
         digest=ledger.digest,
         is_finished=ledger.is_finished,
+        warning=ledger.trend.warning,
     )

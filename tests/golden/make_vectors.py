@@ -96,6 +96,25 @@ def next_scale(s: Any, codes: Any) -> Any:
     return float(np.float32(min(max(s * min(max(math.sqrt(rms / 32), 0.25), 2.0), 2.0**-100), 2.0**100)))
 
 
+def plateau_fraction(rule: Any, warmup: Any, floor: Any, losses: Any) -> Any:
+    """What the rate is multiplied by in round len(losses): looked up from the whole history."""
+    means = []
+    for start in range(warmup, len(losses) - rule["window"] + 1, rule["window"]):
+        finite = [v for v in losses[start : start + rule["window"]] if math.isfinite(v)]
+        if finite:
+            total = 0.0
+            for value in finite:
+                total = total + value
+            means.append(total / len(finite))
+    fraction, best, streak = 1.0, None, 0
+    for mean in means:
+        is_better = best is None or mean < best - rule["threshold"] * abs(best)
+        best, streak = (mean, 0) if is_better else (best, streak + 1)
+        if streak == rule["patience"]:
+            fraction, streak = max(fraction * rule["factor"], floor), 0
+    return fraction
+
+
 def step_size(case: Any) -> Any:
     valid = [c for c in case["codes"] if c != -128]
     squares, n = sum(c * c for c in valid), len(valid)
@@ -104,6 +123,8 @@ def step_size(case: Any) -> Any:
     lr, warmup, r = case["learning_rate"], case["warmup_rounds"], case["round"]
     if r < warmup:
         lr = lr * (r + 1) / (warmup + 1)
+    elif case["schedule"] == "plateau":
+        lr = lr * plateau_fraction(case["plateau"], warmup, case["final_fraction"], case["losses"])
     elif case["schedule"] != "constant":
         t = min((r - warmup) / max(case["total"] - warmup, 1), 1.0)
         shape = 1.0 - t
@@ -238,6 +259,31 @@ def step_vectors() -> Any:
     return cases
 
 
+def plateau_losses(count: Any) -> Any:
+    """Falls for 30 rounds, then stays, in steps that f32 cannot hold exactly; some rounds have no finite loss."""
+    losses = [float(np.float32(2 + 1.7 * max(0.0, 1 - r / 30) + 0.013 * (7 * r % 11 - 5))) for r in range(count)]
+    for r in (0, 5, 33, *range(40, 44)):
+        losses[r] = math.nan if r % 2 else math.inf
+    return losses
+
+
+def plateau_vectors() -> Any:
+    """Every round's step size under the plateau schedule; `losses` are those of the sealed rounds, as text."""
+    cases = []
+    shapes = [(4, 2, 0.5, 1e-3, 3, 0.0), (4, 1, 0.3, 0.02, 0, 0.1), (1, 3, 0.7, 0.0, 0, 0.0), (7, 1, 0.1, 0.5, 2, 0.25)]
+    for window, patience, factor, threshold, warmup, floor in shapes:
+        losses = plateau_losses(72)
+        case = {
+            "rule": "normalized", "schedule": "plateau", "total": 0, "warmup_rounds": warmup, "final_fraction": floor,
+            "learning_rate": 0.015, "scale": 0.05000000074505806, "codes": [40, -31, -128, 5, -88],
+            "plateau": {"window": window, "patience": patience, "factor": factor, "threshold": threshold},
+        }  # fmt: skip
+        rounds = range(len(losses) + 1)
+        alphas = [step_size({**case, "round": r, "losses": losses[:r]}) for r in rounds]
+        cases.append({**case, "losses": [repr(v) for v in losses], "alphas": alphas})
+    return cases
+
+
 def update_vectors() -> Any:
     slots, counts = [0, 2, 65535], [3, 1, 4]
     codes = [127, -127, -128, 3, 0, -64, 17, 90]
@@ -286,7 +332,7 @@ def make() -> Any:
         "run_key": RUN_KEY, "round": ROUND, "generator": generator_vectors(), "layouts": layout_vectors(),
         "noise": noise_vectors(), "codes": code_vectors(), "scales": scale_vectors(), "steps": step_vectors(),
         "updates": update_vectors(), "chunks": chunk_vectors(), "digests": digest_vectors(),
-        "splitmix64": [splitmix64(i) for i in range(4)],
+        "splitmix64": [splitmix64(i) for i in range(4)], "plateaus": plateau_vectors(),
     }  # fmt: skip
 
 

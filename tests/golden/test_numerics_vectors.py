@@ -12,6 +12,7 @@ import torch
 
 from peerturb import codec, rng
 from peerturb.manifest import Parameter
+from peerturb.plateau import Plateau
 from peerturb.spec import StepSpec
 from peerturb.zo.digest import run_digest, splitmix64, tensor_digest
 from peerturb.zo.directions import Directions, Probes, dense_signs, left_signs
@@ -121,6 +122,21 @@ def test_step_size(case: dict[str, Any]) -> None:
     )
     alpha = codec.step_size(step, case["round"], case["scale"], np.array(case["codes"], np.int8), case["total"])
     assert float(alpha) == case["alpha"]
+
+
+@pytest.mark.parametrize("case", VECTORS["plateaus"])
+def test_plateau_cuts(case: dict[str, Any]) -> None:
+    keys = ("rule", "schedule", "warmup_rounds", "final_fraction", "learning_rate", "plateau")
+    step = StepSpec.model_validate({key: case[key] for key in keys})
+    plateau, alphas = Plateau(), []
+    for round_ in range(len(case["alphas"])):
+        codes = np.array(case["codes"], np.int8)
+        alpha = codec.step_size(step, round_, case["scale"], codes, 0, fraction=plateau.fraction)
+        alphas.append(float(alpha))
+        if round_ < len(case["losses"]):
+            plateau.take(step, round_, float(case["losses"][round_]))
+    assert alphas == case["alphas"]
+    assert len(set(alphas[case["warmup_rounds"] :])) > 1
 
 
 @pytest.mark.parametrize("case", VECTORS["updates"])

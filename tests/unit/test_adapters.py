@@ -68,7 +68,7 @@ def test_the_engine_perturbs_adapters_of_other_kinds_of_models(form: str, name: 
 
 
 def test_a_classifiers_head_is_trained_beside_the_adapter() -> None:
-    model, manifest = adapted(name="bert", form="classes")
+    _, manifest = adapted(name="bert", form="classes")
     whole = {entry.name for entry in manifest if "lora" not in entry.name}
     assert whole == {"bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight"}
 

@@ -85,6 +85,7 @@ def _as_json(answer: "pb.RunStatus") -> dict[str, Any]:
         "chain": answer.chain.hex(),
         "finished": answer.finished,
         "fault": answer.fault,
+        "warning": answer.warning,
         "waiting_for": answer.waiting_for,
         "loss": _number(answer.loss),
         "scale": answer.scale,
@@ -133,6 +134,8 @@ def _show(answer: "pb.RunStatus") -> None:
         f"round {answer.round}   loss {'-' if loss is None else f'{loss:.4f}'}   probes {answer.probes}"
         f"   weights {weights}   records {answer.head}"
     )
+    if answer.warning:
+        console.print(f"[bold red]warning:[/] {escape(answer.warning)}", soft_wrap=True)
     console.print(f"{escape(answer.waiting_for)}\n", soft_wrap=True)
     table = Table("slot", "name", "identity", "state", "probes", "last round", "loss", box=None)
     for peer in answer.peers:

@@ -1,4 +1,4 @@
-"""`peerturb model`: a base model's digest and tensors, and the section of RUN.toml that names it."""
+"""`peerturb model`: a base model's digest and tensors, and a RUN.toml to start from."""
 
 import json
 from pathlib import Path
@@ -35,12 +35,18 @@ def model(
     classes: Annotated[
         int, typer.Option(min=0, help='Classes of a classification head (objective.kind = "classes"); 0: none.')
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="The RunSpec's seed: a head the model lacks follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The RunSpec's seed: a head or adapter follows from it.")] = 0,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="What RUN.toml begins with: text, completion or labels."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write RUN.toml here; never over a file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print a model's digest, its trainable tensors, and a ready section `model` for RUN.toml."""
+    """Print a model's digest, its trainable tensors, and a whole RUN.toml with values that suit its size."""
     from peerturb.errors import SpecError
     from peerturb.manifest import manifest_digest
+    from peerturb.presets import KINDS, model_toml, run_toml
     from peerturb.spec import AdapterSpec, ModelSpec
     from peerturb.zo.adapters import attach_adapter
     from peerturb.zo.kinds import Task
@@ -57,6 +63,13 @@ def model(
         raise SpecError(f"--quantise {quantise!r} is none of nf4, fp4 and int8")
     if quantise is not None and adapter is None:
         raise SpecError("--quantise needs --adapter: quantised weights cannot be trained")
+    kind = objective or ("classes" if classes else "text")
+    if kind not in KINDS:
+        raise SpecError(f"--objective {kind!r} is none of {', '.join(KINDS)}")
+    if (kind == "classes") != bool(classes):
+        raise SpecError("--objective classes and --classes N belong together: the head has as many outputs")
+    if out is not None and out.expanduser().exists():
+        raise SpecError(f"{out} exists; give --out another name, or remove it")
     loaded, _ = load_model(name, dtype, task=Task(classes=classes, seed=seed))  # type: ignore[arg-type]
     quantise_base(loaded, quantise)  # type: ignore[arg-type]
     digest = base_digest(loaded, dtype)  # type: ignore[arg-type]
@@ -67,12 +80,29 @@ def model(
     )
     attach_adapter(loaded, spec, seed=seed)
     manifest = build_manifest(loaded, spec)
+    total = sum(entry.elements for entry in manifest)
+    section = model_toml(spec)
+    whole = run_toml(spec, name=Path(shown_name).name, parameters=total, kind=kind, seed=seed, classes=classes)
+    if out is not None:
+        _write(out.expanduser(), whole)
     if as_json:
-        typer.echo(json.dumps(_document(spec, manifest, manifest_digest(manifest), type(loaded).__name__), indent=2))
+        document = _document(spec, manifest, manifest_digest(manifest), type(loaded).__name__)
+        typer.echo(json.dumps({**document, "toml": section, "run_toml": whole}, indent=2))
         return
     _show(spec, manifest, type(loaded).__name__)
     if classes:
         typer.echo(f'\nThe digest holds for objective.kind = "classes" with {classes} classes and seed = {seed}')
+    typer.echo(f"\n{whole}" if out is None else f"\nRunSpec written to {out}: look at its [objective]")
+
+
+def _write(path: Path, text: str) -> None:
+    from peerturb.errors import SpecError
+
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise SpecError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _document(spec: "ModelSpec", manifest: "Manifest", digest: bytes, kind: str) -> dict[str, Any]:
@@ -87,7 +117,6 @@ def _document(spec: "ModelSpec", manifest: "Manifest", digest: bytes, kind: str)
             {"index": entry.index, "name": entry.name, "shape": list(entry.shape), "kind": entry.kind}
             for entry in manifest
         ],
-        "toml": section(spec),
     }
 
 
@@ -107,20 +136,3 @@ def _show(spec: "ModelSpec", manifest: "Manifest", kind: str) -> None:
         )
     if len(manifest) > _TENSORS_SHOWN:
         typer.echo(f"... and {len(manifest) - _TENSORS_SHOWN} more (--json lists all)")
-    typer.echo(f"\n{section(spec)}")
-
-
-def section(spec: "ModelSpec") -> str:
-    """Return the section `model` of RUN.toml; with an adapter, RUN.toml must give a seed too."""
-    lines = ["[model]", f"name = {json.dumps(spec.name)}", f'digest = "{spec.digest}"', f'dtype = "{spec.dtype}"']
-    if spec.exclude:
-        lines.append(f"exclude = {json.dumps(list(spec.exclude))}")
-    if spec.quantise is not None:
-        lines.append(f'quantise = "{spec.quantise}"')
-    if spec.adapter is not None:
-        given = spec.adapter
-        lines += ["[model.adapter]", f'kind = "{given.kind}"', f"rank = {given.rank}"]
-        if given.kind == "lora":
-            lines.append(f"alpha = {given.alpha}")
-        lines.append(f"targets = {json.dumps(list(given.targets))}")
-    return "\n".join(lines)

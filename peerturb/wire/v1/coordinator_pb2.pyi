@@ -409,6 +409,7 @@ class RunStatus(_message.Message):
     DIGEST_MISMATCHES_FIELD_NUMBER: _builtins.int
     REJECTS_FIELD_NUMBER: _builtins.int
     SEALS_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     spec_digest: _builtins.bytes
     round: _builtins.int
@@ -428,6 +429,8 @@ class RunStatus(_message.Message):
     """Empty when healthy; otherwise why sealing stopped (for instance a full disk)."""
     uptime_ms: _builtins.int
     digest_mismatches: _builtins.int
+    warning: _builtins.str
+    """Why the run seems to diverge and what to do; empty while it does not."""
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerStatus]: ...
     @_builtins.property
@@ -456,10 +459,11 @@ class RunStatus(_message.Message):
         digest_mismatches: _builtins.int = ...,
         rejects: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         seals: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        warning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "chain", b"chain", "digest", b"digest", "digest_mismatches", b"digest_mismatches", "fault", b"fault", "finished", b"finished", "head", b"head", "loss", b"loss", "peers", b"peers", "probes", b"probes", "rejects", b"rejects", "round", b"round", "run", b"run", "scale", b"scale", "seals", b"seals", "spec_digest", b"spec_digest", "uptime_ms", b"uptime_ms", "void_codes", b"void_codes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "chain", b"chain", "digest", b"digest", "digest_mismatches", b"digest_mismatches", "fault", b"fault", "finished", b"finished", "head", b"head", "loss", b"loss", "peers", b"peers", "probes", b"probes", "rejects", b"rejects", "round", b"round", "run", b"run", "scale", b"scale", "seals", b"seals", "spec_digest", b"spec_digest", "uptime_ms", b"uptime_ms", "void_codes", b"void_codes", "waiting_for", b"waiting_for", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,249 @@
+"""What `peerturb tune` does: load model and data as a node would, and sweep within a budget of time."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peerturb.errors import DataError, SpecError
+from peerturb.presets import number, preset
+from peerturb.spec import RunSpec
+from peerturb.zo.base import open_base
+from peerturb.zo.batch import Runner
+from peerturb.zo.checkpoint import load_checkpoint
+from peerturb.zo.evaluate import evaluate
+from peerturb.zo.model import build_manifest, trainable_weights
+from peerturb.zo.objective import Objective
+from peerturb.zo.search import SETTINGS_TYPICAL, Outcome, Recommendation, Setting, finalists, next_setting, recommend
+from peerturb.zo.sweep import Sweep
+from peerturb_node.compute.torch_compute import choose_device
+from peerturb_node.data import local_objective
+from peerturb_node.settings import NodeSettings
+
+ROUNDS_MIN, ROUNDS_MAX = 6, 40
+"""Rounds of a setting: fewer tell nothing, more are a training run."""
+
+PROBES_MIN = 16
+"""To which probes are reduced where not even `ROUNDS_MIN` rounds of all settings fit the budget."""
+
+SEARCH_SHARE = 0.4
+"""Part of the budget that the search is planned for; the rest is for the longer trials."""
+
+FINAL_ROUNDS_MAX = 160
+"""Rounds of a longer trial."""
+
+HELD_OUT_MAX = 256
+"""Held-out examples looked at, the first ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """Result of a sweep."""
+
+    model: str
+    parameters: int
+    probes: int
+    """In a round of the sweep."""
+    rounds: int
+    """Of a setting."""
+    start: Setting
+    scale: float
+    """Scale that suits round 0."""
+    outcomes: tuple[Outcome, ...]
+    """Of the search."""
+    final: tuple[Outcome, ...]
+    """Of the longer trials; empty if there was no time for both."""
+    recommendation: Recommendation
+    is_cut: bool
+    """Whether the budget ended the sweep."""
+    seconds: float
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "probes": self.probes,
+            "rounds": self.rounds,
+            "seconds": round(self.seconds, 1),
+            "is_cut": self.is_cut,
+            "settings": [_document(one) for one in self.outcomes],
+            "final": [_document(one) for one in self.final],
+            "recommendation": None
+            if self.recommendation.setting is None
+            else {**asdict(self.recommendation.setting), "initial_scale": self.scale},
+            "text": self.recommendation.text,
+            "toml": self.toml,
+        }
+
+    @property
+    def toml(self) -> str:
+        """The recommended lines of RUN.toml; empty if nothing can be recommended."""
+        chosen = self.recommendation.setting
+        if chosen is None:
+            return ""
+        return "\n".join(
+            [
+                "[perturbation]",
+                f"epsilon = {number(chosen.epsilon)}",
+                f"initial_scale = {number(float(f'{self.scale:.3g}'))}",
+                "",
+                "[step]",
+                f"learning_rate = {number(chosen.learning_rate)}",
+            ]
+        )
+
+
+def _document(one: Outcome) -> dict[str, Any]:
+    values = {key: value for key, value in asdict(one).items() if key != "setting"}
+    return {**asdict(one.setting), **values, "has_diverged": one.has_diverged, "has_learned": one.has_learned}
+
+
+def tune(
+    spec: RunSpec,
+    settings: NodeSettings,
+    *,
+    checkpoint: Path | None,
+    budget_s: float,
+    probes: int | None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    now_s: Callable[[], float] = time.monotonic,
+) -> Tuned:
+    """Sweep. The budget counts from when model and data are loaded; at least one setting is tried in any time.
+
+    Args:
+        settings: data, held-out data, model, device and the like, as for a node.
+        checkpoint: of this run, to start from instead of the base weights.
+        budget_s: seconds.
+        probes: in a round; None: as many as the RunSpec allows one node.
+        on_outcome: told of every setting as it is done.
+
+    Raises:
+        DataError: no data, or they cannot be used.
+        ModelError: the model or checkpoint cannot be loaded or perturbed.
+        LogError: the checkpoint belongs to another run.
+        RefusedError: the base weights are not the run's.
+    """
+    sweep, start, parameters = _load(spec, settings, checkpoint, probes)
+    began_s = now_s()
+    end_s = began_s + budget_s
+    sweep.settle()
+    rounds = _plan(sweep, now_s() - began_s, SEARCH_SHARE * budget_s)
+    outcomes: list[Outcome] = []
+
+    def run(setting: Setting, rounds: int) -> Outcome | None:
+        at_s = now_s()
+        # The first setting may take its time: without one there is nothing to say.
+        outcome = sweep.run(setting, rounds, should_stop=lambda: bool(outcomes) and now_s() >= end_s)
+        if outcome is None:
+            return None
+        outcome = replace(outcome, seconds=now_s() - at_s)
+        on_outcome(outcome)
+        return outcome
+
+    def search(*, with_epsilon: bool) -> bool:
+        """Go on with the search; return whether time ended it."""
+        while (setting := next_setting(start, outcomes)) is not None:
+            if setting.epsilon != start.epsilon and not with_epsilon:
+                break
+            if (outcome := run(setting, rounds)) is None:
+                return True
+            outcomes.append(outcome)
+        return False
+
+    # Epsilon last: it matters least where time is short.
+    is_cut = search(with_epsilon=False)
+    final: list[Outcome] = []
+    longer = 0 if is_cut else _longer(outcomes, rounds, end_s - now_s())
+    for setting in finalists(start, outcomes) if longer else ():
+        if (outcome := run(setting, longer)) is None:
+            final, is_cut = [], True  # one alone cannot be compared
+            break
+        final.append(outcome)
+    is_cut = is_cut or search(with_epsilon=True)
+    return Tuned(
+        model=spec.model.name,
+        parameters=parameters,
+        probes=sweep.probes,
+        rounds=rounds,
+        start=start,
+        scale=sweep.scale,
+        outcomes=tuple(outcomes),
+        final=tuple(final),
+        recommendation=recommend(start, outcomes, final),
+        is_cut=is_cut,
+        seconds=now_s() - began_s,
+    )
+
+
+def _plan(sweep: Sweep[Any], round_s: float, budget_s: float) -> int:
+    """Return the rounds of a setting that a typical sweep has time for; take fewer probes before too few rounds."""
+    wanted = budget_s / SETTINGS_TYPICAL / max(round_s, 1e-6)
+    if wanted < ROUNDS_MIN:
+        sweep.probes = max(min(PROBES_MIN, sweep.probes), int(sweep.probes * wanted / ROUNDS_MIN))
+        return ROUNDS_MIN
+    return min(int(wanted), ROUNDS_MAX)
+
+
+def _longer(outcomes: list[Outcome], rounds: int, left_s: float) -> int:
+    """Return the rounds of two longer trials, beside two more settings; 0 if they would hardly be longer."""
+    whole = [one.seconds / one.rounds for one in outcomes if one.rounds == rounds]
+    if not whole:
+        return 0
+    # A tenth in reserve: a trial that is cut short is lost.
+    possible = int(0.9 * left_s / 2 / max(max(whole), 1e-6)) - rounds
+    return min(possible, FINAL_ROUNDS_MAX) if possible >= 1.5 * rounds else 0
+
+
+def _load(
+    spec: RunSpec, settings: NodeSettings, checkpoint: Path | None, probes: int | None
+) -> tuple[Sweep[Any], Setting, int]:
+    if settings.data is None:
+        raise DataError("no training data given: --data FILE says what the sweep learns from")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    source = settings.model or spec.model.name
+    model, tokenizer = open_base(source, spec, device=choose_device(settings.device))
+    manifest = build_manifest(model, spec.model)
+    if checkpoint is not None:
+        named = trainable_weights(model, manifest)
+        load_checkpoint(
+            checkpoint.expanduser(), manifest, named, spec_digest=spec.digest.hex(), base_digest=spec.model.digest
+        )
+    objective = Objective.of(local_objective(spec.objective, settings), model, tokenizer)
+    items = objective.load(settings.data.expanduser())
+    held = objective.load(settings.eval.expanduser())[:HELD_OUT_MAX] if settings.eval is not None else []
+    runner = Runner(model, manifest, objective)
+
+    def held_out() -> float:
+        found = evaluate(runner, held)
+        assert found is not None  # nothing stops it
+        return found.loss
+
+    parameters = sum(entry.elements for entry in manifest)
+    start = starting_point(spec, parameters)
+    sweep = Sweep(
+        runner, spec, items, manifest,
+        held_out=held_out if held else None, probes=probes, rows_max=settings.rows or None,
+    )  # fmt: skip
+    return sweep, start, parameters
+
+
+def starting_point(spec: RunSpec, parameters: int) -> Setting:
+    """Return where the search begins: what RUN.toml says, and the preset for the model's size where it says nothing.
+
+    Raises:
+        SpecError: the rule is `sgd`, whose rates have no preset, and no rate is given.
+    """
+    chosen = preset(parameters, spec.objective.kind, dtype=spec.model.dtype, is_adapter=spec.model.adapter is not None)
+    is_given = "learning_rate" in spec.step.model_fields_set
+    if spec.step.rule == "sgd" and not is_given:
+        raise SpecError('step.rule = "sgd" has no preset: give step.learning_rate, 1e-5 for instance, to start from')
+    has_epsilon = "epsilon" in spec.perturbation.model_fields_set
+    return Setting(
+        epsilon=spec.perturbation.epsilon if has_epsilon else chosen.epsilon,
+        learning_rate=spec.step.learning_rate if is_given else chosen.learning_rate,
+    )

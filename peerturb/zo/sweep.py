@@ -1,0 +1,185 @@
+"""Try settings on a model: some rounds of the real probes, codes and update from one saved point, then back to it.
+
+One process, one slot, no log. Weights are restored bit for bit after every setting. It knows no clock: the caller's
+`should_stop` is asked between rounds.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from peerturb import codec
+from peerturb.ids import RoundNumber, Slot
+from peerturb.manifest import Manifest
+from peerturb.spec import RunSpec
+from peerturb.zo.batch import Evaluator
+from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.search import Outcome, Setting
+from peerturb.zo.update import apply_update
+
+Item = TypeVar("Item")
+
+SAMPLE_ITEMS = 96
+"""Training examples whose losses are compared before and after: the same ones, so that their differences are."""
+
+SAMPLE_ROWS = 16
+"""Examples in one plain forward."""
+
+RUNAWAY = 1.5
+"""A round's loss above so many times the first round's: there is nothing more to learn about that setting."""
+
+SLOT = Slot(0)
+
+
+class Sweep(Generic[Item]):
+    """A model at its saved point, its data, and the means to go back.
+
+    Args:
+        evaluator: gives losses; its parameters are updated and restored in place.
+        spec: the run's; its epsilon and step are what is varied.
+        items: training examples.
+        manifest: what is trained, in the order of the evaluator's parameters.
+        held_out: returns the held-out loss of the weights as they are; None without held-out data.
+        probes: in a round.
+        rows_max: most rows in one forward; by default the engine chooses.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator[Item],
+        spec: RunSpec,
+        items: Sequence[Item],
+        manifest: Manifest,
+        *,
+        held_out: Callable[[], float] | None = None,
+        probes: int | None = None,
+        rows_max: int | None = None,
+    ) -> None:
+        self.probes = spec.round.probes_max if probes is None else min(probes, spec.round.probes_max)
+        self.scale = float(np.float32(spec.perturbation.initial_scale))
+        """Scale that suits round 0 at the saved point; found by `settle`."""
+        self._spec = spec
+        self._manifest = manifest
+        self._weights = [weight for _, weight in evaluator.parameters]
+        self._saved = [weight.clone() for weight in self._weights]
+        self._evaluator = evaluator
+        self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
+        chosen = np.linspace(0, len(items) - 1, min(SAMPLE_ITEMS, len(items))).astype(int)
+        self._sample = [items[index] for index in chosen]
+        self._held_out = held_out
+        self._before = self._losses()
+        self._held_out_before = None if held_out is None else held_out()
+
+    def settle(self) -> None:
+        """Measure a round at the saved point and take the scale that puts its codes at their target.
+
+        A run finds the scale in its first rounds by itself; a sweep has only a few.
+        """
+        measured = self._engine.measure(RoundNumber(0), slot=SLOT, count=self.probes)
+        gradients = self._engine.projected_gradients(measured)
+        finite = gradients[np.isfinite(gradients)]
+        rms = math.sqrt(float(np.mean(finite**2))) if finite.size else 0.0
+        if rms > 0:
+            self.scale = float(np.float32(min(max(rms / codec.TARGET_RMS, codec.SCALE_MIN), codec.SCALE_MAX)))
+
+    def run(self, setting: Setting, rounds: int, *, should_stop: Callable[[], bool] = lambda: False) -> Outcome | None:
+        """Train for some rounds at a constant rate, look at the losses, go back; None if stopped before the end.
+
+        `seconds` is left to the caller.
+        """
+        try:
+            return self._run(setting, rounds, should_stop)
+        finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """Go back to the saved point."""
+        with torch.no_grad():
+            for weight, saved in zip(self._weights, self._saved, strict=True):
+                weight.copy_(saved)
+
+    def _run(self, setting: Setting, rounds: int, should_stop: Callable[[], bool]) -> Outcome | None:
+        spec = self._with(setting)
+        self._engine.spec = spec
+        scale, sealed, first, done = self.scale, [], math.nan, 0
+        for number in range(rounds):
+            if should_stop():
+                return None
+            result = self._engine.contribute(RoundNumber(number), slot=SLOT, scale=scale, count=self.probes)
+            alpha = codec.step_size(spec.step, number, scale, result.codes, 0)
+            apply_update(
+                self._weights, self._manifest, family=spec.perturbation.family, run_key=spec.run_key, round=number,
+                slots=[SLOT], counts=[len(result.codes)], codes=result.codes, alpha=float(alpha),
+            )  # fmt: skip
+            scale = float(codec.next_scale(scale, result.codes))
+            sealed.append(result.codes)
+            done = number + 1
+            first = result.loss if number == 0 else first
+            if not math.isfinite(result.loss) or result.loss > RUNAWAY * first + 1:
+                break
+        if should_stop():
+            return None
+        after = self._losses()
+        return _outcome(
+            setting,
+            rounds=done,
+            before=self._before,
+            after=after,
+            codes=np.concatenate(sealed),
+            held_out=(self._held_out_before, None if self._held_out is None else self._held_out()),
+        )
+
+    def _with(self, setting: Setting) -> RunSpec:
+        """Return the spec of a setting.
+
+        A copy keeps the cached digest, hence the run key: all settings see the same directions and draws, and differ in
+        nothing else.
+        """
+        assert self._spec.digest
+        perturbation = self._spec.perturbation.model_copy(update={"epsilon": setting.epsilon})
+        step = self._spec.step.model_copy(
+            update={
+                "learning_rate": setting.learning_rate, "schedule": "constant", "warmup_rounds": 0, "plateau": None,
+            }
+        )  # fmt: skip
+        return self._spec.model_copy(update={"perturbation": perturbation, "step": step})
+
+    def _losses(self) -> NDArray[np.float64]:
+        """Losses of the sample, example by example."""
+        parts = []
+        for begin in range(0, len(self._sample), SAMPLE_ROWS):
+            losses = self._evaluator.losses(self._sample[begin : begin + SAMPLE_ROWS])
+            parts.append(losses.detach().double().cpu().numpy())
+        return np.concatenate(parts)
+
+
+def _outcome(
+    setting: Setting,
+    *,
+    rounds: int,
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+    codes: NDArray[np.int8],
+    held_out: tuple[float | None, float | None],
+) -> Outcome:
+    valid = codes[codes != codec.VOID].astype(np.float64)
+    moved = after - before
+    with np.errstate(invalid="ignore"):
+        error = float(moved.std(ddof=1) / math.sqrt(len(moved))) if len(moved) > 1 else 0.0
+    return Outcome(
+        setting=setting,
+        rounds=rounds,
+        before=float(before.mean()),
+        after=float(after.mean()),
+        error=error if math.isfinite(error) else 0.0,
+        held_out_before=held_out[0],
+        held_out_after=held_out[1],
+        clipped=float(np.mean(np.abs(valid) == codec.CODE_MAX)) if valid.size else 0.0,
+        rms=math.sqrt(float(np.mean(valid**2))) if valid.size else 0.0,
+        void=1 - len(valid) / len(codes),
+        seconds=0.0,
+    )
