@@ -4,10 +4,11 @@ Canonical order of the probes: slots ascending, samples 0..count - 1 in each. Th
 only the cut into chunks of PROBES_PER_UPDATE_MAX does. It knows neither records nor rules of the step size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,21 +19,23 @@ from peerturb import codec, rng
 from peerturb.errors import LogError, ModelError
 from peerturb.limits import PROBES_PER_UPDATE_MAX
 from peerturb.manifest import Manifest, Parameter
-from peerturb.rng import GROUP_SIGNS, SIDE_DENSE, SIDE_LEFT, SIDE_RIGHT
+from peerturb.rng import GROUP_SIGNS, SIDE_DENSE, SIDE_LEFT, SIDE_RIGHT, SIDE_ROUNDING
 from peerturb.zo import fast
-from peerturb.zo.directions import Probes, Span, SpanTable, dense_bits
+from peerturb.zo.directions import Probes, Span, SpanTable, dense_bits, probe_table
 from peerturb.zo.fast import settled
 from peerturb.zo.gemm import exact_product
 from peerturb.zo.parallel import in_parallel
-from peerturb.zo.rounding import subtract
+from peerturb.zo.rounding import is_float32, subtract
 
 PROBES_PER_PASS = 4096
 """Probes whose signs exist at the same time."""
-SIGN_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+SIGN_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28, "fused": 1 << 26}
 """Signs of a group, the unit of parallel work: on a CPU what stays in a core's share of the last-level cache until it
-is multiplied, and small enough that all cores find work in a small model."""
-TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements of one integer sum: on a CPU what stays in the second-level cache until it is subtracted."""
+is multiplied, and small enough that all cores find work in a small model. `fused`: CUDA kernels keep sums in registers,
+so signs are all the memory an update takes."""
+TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "fused": 1 << 40}
+"""Elements of one integer sum: on a CPU what stays in the second-level cache until it is subtracted. `fused`: whole
+matrices, as far as their signs fit a group; a launch each."""
 PIECES_PER_THREAD = 4
 """Groups for each thread of a CPU: with fewer, threads wait for the last one."""
 SUM_ELEMENTS = 1 << 24
@@ -142,14 +145,20 @@ def _apply_chunk(
     device = weights[0].device
     vectors_only = family == "dense"
     flats = {p.index: w.detach().reshape(-1) for p, w in zip(manifest, weights, strict=True)}
+    fused = _fused(manifest, probes, factors, alpha, chunk, device)
 
     @torch.no_grad()  # a property of the thread
     def apply_group(group: _Group) -> None:
+        if fused is not None and is_one_pass:
+            fused.apply_group(group, flats)
+            return
         for tile, total in _rank1_sums(group, probes, factors, device):
             subtract(flats[tile.parameter.index], tile.first, total, tile.parameter, probes, alpha, chunk)
 
+    is_one_pass = len(probes) <= PROBES_PER_PASS
     pieces = PIECES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else 1
-    groups = _plan(manifest, vectors_only, device.type, min(len(probes), PROBES_PER_PASS), pieces)
+    kind = "fused" if fused is not None and is_one_pass else _kind(device)
+    groups = _plan(manifest, vectors_only, kind, min(len(probes), PROBES_PER_PASS), pieces)
     in_parallel(apply_group, groups)
     if family == "dense":
 
@@ -161,10 +170,62 @@ def _apply_chunk(
 
         width = DENSE_ELEMENTS[_kind(device)]
         matrices = [parameter for parameter in manifest if parameter.kind != "vector"]
+        if fused is not None:
+            for parameter in matrices:
+                fused.apply_dense(parameter, flats[parameter.index])
+            matrices = []
         in_parallel(apply_stretch, [(p, first) for p in matrices for first in range(0, p.elements, width)])
     for parameter, weight in zip(manifest, weights, strict=True):
         if not weight.is_contiguous():  # then its flat form above was a copy
             weight.detach().copy_(flats[parameter.index].view(weight.shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fused:
+    """One chunk's update by CUDA kernels that keep the sums in registers."""
+
+    kernels: ModuleType
+    table: Any
+    alpha: float
+    chunk: int
+
+    def apply_group(self, group: _Group, flats: Mapping[int, Tensor]) -> None:
+        """Apply a group whose probes fit one pass."""
+        height, device = self.table.height, flats[group.tiles[0].parameter.index].device
+        # A column's signs lie side by side: so integer units read them.
+        signs = torch.empty((group.table.width, height), dtype=torch.int8, device=device)
+        group.table.fill(self.kernels, signs.t(), self.table, group.code_columns)
+        for tile, (left, right) in zip(group.tiles, group.pairs, strict=True):
+            flat, noise, scale = flats[tile.parameter.index], *self._rounding(tile.parameter)
+            if right is None:
+                total = signs[left].sum(1, dtype=torch.int32)
+                self.kernels.subtract(
+                    flat, tile.first, total, scale, noise, self.chunk, self.table.round, self.table.run_key
+                )
+            else:
+                self.kernels.rank1_update(
+                    flat, tile.first, signs[left], signs[right], self.table, scale, noise, self.chunk
+                )
+
+    def apply_dense(self, parameter: Parameter, flat: Tensor) -> None:
+        """Apply all probes to a matrix or stack of the family `dense`."""
+        noise, scale = self._rounding(parameter)
+        self.kernels.dense_update(
+            flat, self.table, scale, rng.stream_of(parameter.index, SIDE_DENSE), noise, self.chunk
+        )
+
+    def _rounding(self, parameter: Parameter) -> tuple[int, float]:
+        return rng.stream_of(parameter.index, SIDE_ROUNDING), self.alpha * 2.0**parameter.exponent
+
+
+def _fused(
+    manifest: Manifest, probes: Probes, factors: NDArray[np.int8], alpha: float, chunk: int, device: torch.device
+) -> _Fused | None:
+    """Return the CUDA kernels' way, if there is one and all scales are f32 (they multiply in f32)."""
+    kernels = fast.kernels(device)
+    if kernels is None or not all(is_float32(alpha * 2.0**parameter.exponent) for parameter in manifest):
+        return None
+    return _Fused(kernels=kernels, table=probe_table(kernels, probes, factors, device), alpha=alpha, chunk=chunk)
 
 
 def _rank1_sums(
@@ -216,15 +277,16 @@ def _dense_sums(
 
 
 @lru_cache(maxsize=64)
-def _plan(manifest: Manifest, vectors_only: bool, device_type: str, probes: int, pieces: int) -> tuple[_Group, ...]:
+def _plan(manifest: Manifest, vectors_only: bool, kind: str, probes: int, pieces: int) -> tuple[_Group, ...]:
     """Cut the manifest into tiles, and the tiles into groups whose signs and sums stay within their limits.
 
     There are at least about `pieces` groups, if there are so many tiles.
     """
-    device = "cpu" if device_type == "cpu" else "cuda"
-    columns_max = max(SIGN_BYTES[device] // probes, 1)
-    tiles = list(_tiles(manifest, vectors_only, TILE_ELEMENTS[device]))
-    size_max = min(SUM_ELEMENTS, -(-sum(tile.elements for tile in tiles) // pieces))
+    columns_max = max(SIGN_BYTES[kind] // probes, 1)
+    tiles = list(_tiles(manifest, vectors_only, TILE_ELEMENTS[kind], columns_max if kind == "fused" else None))
+    size_max = -(-sum(tile.elements for tile in tiles) // pieces)
+    if kind != "fused":
+        size_max = min(SUM_ELEMENTS, size_max)
     groups: list[list[_Tile]] = []
     width = size = 0
     previous: _Tile | None = None
@@ -239,12 +301,12 @@ def _plan(manifest: Manifest, vectors_only: bool, device_type: str, probes: int,
     return tuple(_Group(group) for group in groups)
 
 
-def _tiles(manifest: Manifest, vectors_only: bool, elements_max: int) -> Iterator[_Tile]:
+def _tiles(manifest: Manifest, vectors_only: bool, elements_max: int, rows_max: int | None = None) -> Iterator[_Tile]:
     for parameter in manifest:
         if parameter.elements == 0 or (vectors_only and parameter.kind != "vector"):
             continue
         matrices, rows, columns = parameter.stacked
-        height = max(elements_max // columns, 1)
+        height = min(max(elements_max // columns, 1), rows_max or rows)
         for matrix in range(matrices):
             for start in range(0, rows, height):
                 yield _Tile(parameter=parameter, matrix=matrix, start=start, stop=min(start + height, rows))
