@@ -29,8 +29,13 @@ TEXTS = ["hello there", "to be or not", "abc", "the quick brown", "fox", "jumps 
 ROUND, SLOT = RoundNumber(4), Slot(2)
 
 
+def run_of(family: Family, dtype: DType) -> RunSpec:
+    spec = spec_of(family=family)
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": dtype})})
+
+
 def weights_of(model: Any, manifest: Manifest) -> list[torch.Tensor]:
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))
     return [named[parameter.name].detach() for parameter in manifest]
 
 
@@ -60,7 +65,7 @@ def sealed_rounds(spec: RunSpec, manifest: Manifest, weights: list[torch.Tensor]
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 def test_the_same_log_gives_the_same_digest(name: str, family: Family, dtype: DType) -> None:
-    spec = spec_of(family=family)
+    spec = run_of(family, dtype)
     model = small_model(name, dtype=getattr(torch, dtype))
     manifest = build_manifest(model, spec.model)
     base = weights_of(model, manifest)
@@ -74,7 +79,7 @@ def test_the_same_log_gives_the_same_digest(name: str, family: Family, dtype: DT
 
 
 def engine_on(device: str, family: Family, dtype: DType) -> ProbeEngine[TokenSequence]:
-    spec = spec_of(family=family)
+    spec = run_of(family, dtype)
     model = small_model("llama-tied", dtype=getattr(torch, dtype))
     manifest = build_manifest(model, spec.model)
     objective = Objective(spec.objective, byte_tokenizer())
