@@ -137,10 +137,10 @@ def test_no_multiplication_is_fused_into_a_subtraction(launch: ModuleType) -> No
         once = (weights.double() - total.double() * scale).float()
         twice = weights - total.float() * scale
         assert int((once != twice).sum()) > 10_000
-        found = weights.to(CUDA)
+        found = weights.clone().to(CUDA)
         rounding.subtract(found, 0, total.to(CUDA), parameter, given, scale, 0)
         assert is_same(found, twice)
-        found = weights.to(CUDA)
+        found = weights.clone().to(CUDA)
         if total is dense:
             launch.dense_update(found, table, scale, stream_of(0, SIDE_DENSE), stream_of(0, SIDE_ROUNDING), 0)
         else:
