@@ -70,17 +70,31 @@ CASES = (
     *(Case(dtype=dtype, probes=64, **SMALL) for dtype in DTYPES),
     *(Case(dtype=dtype, probes=16, **LARGE) for dtype in DTYPES),
 )
+GIANT: dict[str, Any] = {
+    "name": "llama-1b",
+    "width": 2048,
+    "layers": 16,
+    "heads": 32,
+    "key_value_heads": 8,
+    "inner": 8192,
+    "vocabulary": 32_000,
+    "tokens": 128,
+}
+GPU_CASES = (Case(dtype="bfloat16", probes=256, **LARGE), Case(dtype="bfloat16", probes=160, **GIANT))
 QUICK_CASES = tuple(Case(dtype=dtype, probes=16, **SMALL) for dtype in DTYPES)
 
 
 def run(quick: bool = False) -> list[Row]:
-    """Measure and return rows `cpu f32 ...` and `cpu bf16 ...`."""
-    return [measure(case, repeats=3 if quick else 9) for case in (QUICK_CASES if quick else CASES)]
+    """Measure and return rows `cpu f32 ...` and `cpu bf16 ...`, and `cuda bf16 ...` where there is such a device."""
+    rows = [measure(case, repeats=3 if quick else 9) for case in (QUICK_CASES if quick else CASES)]
+    if torch.cuda.is_available():
+        rows += [measure(case, repeats=3 if quick else 9, device="cuda") for case in GPU_CASES]
+    return rows
 
 
-def measure(case: Case, repeats: int) -> Row:
-    """Time probes and plain inference in turn."""
-    engine = build_engine(case)
+def measure(case: Case, repeats: int, device: str = "cpu") -> Row:
+    """Time probes and plain inference in turn. Both read their losses, so a GPU has finished."""
+    engine = build_engine(case, device)
     slot = Slot(0)
     drawn = engine.drawn(RoundNumber(0), slot, case.probes)
     batches = [
@@ -93,13 +107,13 @@ def measure(case: Case, repeats: int) -> Row:
 
     def infer() -> None:
         for batch in batches:
-            engine.evaluator.losses(batch)
+            engine.evaluator.losses(batch).cpu()
 
     probe()
     infer()
     pairs = [(timed_ms(probe), timed_ms(infer)) for _ in range(repeats)]
     return Row(
-        name=f"cpu {SHORT[case.dtype]} {case.name}, {case.probes} probes x {case.tokens} tokens",
+        name=f"{device} {SHORT[case.dtype]} {case.name}, {case.probes} probes x {case.tokens} tokens",
         value=statistics.median(probe_ms for probe_ms, _ in pairs),
         unit="ms",
         reference=statistics.median(plain_ms for _, plain_ms in pairs),
@@ -107,7 +121,7 @@ def measure(case: Case, repeats: int) -> Row:
     )
 
 
-def build_engine(case: Case) -> ProbeEngine[TokenSequence]:
+def build_engine(case: Case, device: str = "cpu") -> ProbeEngine[TokenSequence]:
     """Return an engine over random weights and random tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -120,7 +134,7 @@ def build_engine(case: Case) -> ProbeEngine[TokenSequence]:
         max_position_embeddings=case.tokens,
         tie_word_embeddings=True,
     )
-    model = prepare(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), case.dtype)
+    model: Any = prepare(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), case.dtype)
     spec = RunSpec(
         name="step",
         model=ModelSpec(name=case.name, digest="0" * 64, dtype=case.dtype),
@@ -129,7 +143,8 @@ def build_engine(case: Case) -> ProbeEngine[TokenSequence]:
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
     tokens = np.random.default_rng(0).integers(0, case.vocabulary, (case.probes, case.tokens), dtype=np.int32)
-    runner = Runner(model, build_manifest(model, spec.model), Objective(spec.objective, tokenizer))
+    manifest = build_manifest(model, spec.model)
+    runner = Runner(model.to(device), manifest, Objective(spec.objective, tokenizer))
     return ProbeEngine(runner, spec, [TokenSequence(tokens=row, start=1) for row in tokens])
 
 

@@ -4,11 +4,15 @@ Both work in the same process, one right after the other, repeatedly, so that a 
 unit is 10^9 (parameter x perturbation) a second. value: peerturb, the median. reference: the generator loop, the
 median; its `add_` carries the code as a factor, as the real loop must. ratio: value / reference, for `rank1` in float32
 on a CPU at least 300.
+
+Where there is a CUDA device, rows `cuda ...` follow: ms of an update of all matrices and vectors of a Llama of 6.7 x
+10^9 parameters in bfloat16, 160 probes, both families. reference: the limit on an H200 that the project set itself
+(another card has another). ratio: value / reference.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peerturb.manifest import DType, Parameter
+from peerturb.manifest import DType, Manifest, Parameter
+from peerturb.zo import fast
 from peerturb.zo.update import Family, apply_update
 from peerturb_bench.rows import Row
 
@@ -54,9 +59,73 @@ QUICK_CASES = (
 )
 
 
+GPU_LAYERS = 32
+GPU_PROBES = 160
+GPU_LIMITS_MS: dict[Family, float] = {"rank1": 25.0, "dense": 500.0}
+"""For all GPU_LAYERS layers on an H200."""
+GPU_BYTES_SPARE = 2**30
+"""Memory left free for signs and the allocator."""
+
+
 def run(quick: bool = False) -> list[Row]:
-    """Measure and return one row a case, `rank1 ...` and `dense ...`."""
-    return [measure(case, repeats=3 if quick else 7) for case in (QUICK_CASES if quick else CASES)]
+    """Measure and return one row a case, `rank1 ...` and `dense ...`, then `cuda ...` where there is such a device."""
+    rows = [measure(case, repeats=3 if quick else 7) for case in (QUICK_CASES if quick else CASES)]
+    if torch.cuda.is_available():
+        rows += gpu_rows(torch.device("cuda", torch.cuda.current_device()), repeats=3 if quick else 7)
+    return rows
+
+
+def gpu_rows(device: torch.device, *, repeats: int) -> list[Row]:
+    """Return a row for each family: a whole model's update on the device, of as many layers as its memory holds."""
+    free = torch.cuda.mem_get_info(device)[0]
+    layers = max(
+        (count for count in range(1, GPU_LAYERS + 1) if 2 * _elements(llama(count)) + GPU_BYTES_SPARE <= free),
+        default=0,
+    )
+    if layers == 0:
+        return []
+    manifest = llama(layers)
+    weights = [torch.empty(p.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02) for p in manifest]
+    families: tuple[Family, ...] = ("rank1", "dense")
+    return [measure_model(family, manifest, weights, repeats=repeats) for family in families]
+
+
+def measure_model(family: Family, manifest: Manifest, weights: Sequence[Tensor], *, repeats: int) -> Row:
+    """Time updates of a whole model; the limit is scaled to its share of the full number of parameters."""
+    generator = np.random.default_rng(0)
+    codes = np.clip(np.rint(generator.normal(0, 32, GPU_PROBES)), -127, 127).astype(np.int8)
+
+    def apply(round: int) -> None:
+        apply_update(
+            weights, manifest, family=family, run_key=1, round=round, slots=[0], counts=[GPU_PROBES], codes=codes,
+            alpha=ALPHA,
+        )  # fmt: skip
+        if weights[0].device.type == "cuda":
+            torch.cuda.synchronize(weights[0].device)
+
+    apply(0)
+    value = statistics.median(_seconds(apply, repeat) for repeat in range(1, repeats + 1)) * 1e3
+    limit = GPU_LIMITS_MS[family] * _elements(manifest) / _elements(llama(GPU_LAYERS))
+    device = weights[0].device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    way = "Triton" if fast.kernels(device) is not None else "torch"
+    what = f"{family} bfloat16, {_elements(manifest) / 1e9:.3g} G parameters, {GPU_PROBES} probes"
+    return Row(
+        name=f"{device.type} {what} ({name}, {way})",
+        value=float(f"{value:.4g}"), unit="ms", reference=float(f"{limit:.4g}"), ratio=float(f"{value / limit:.4g}"),
+    )  # fmt: skip
+
+
+def llama(layers: int, width: int = 4096, inner: int = 11_008, vocabulary: int = 32_000) -> Manifest:
+    """Return the tensors of a Llama, 6.7 G parameters with 32 layers."""
+    shapes: list[tuple[int, ...]] = [(vocabulary, width), (vocabulary, width), (width,)]
+    for _ in range(layers):
+        shapes += [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner)] + [(width,)] * 2
+    return tuple(Parameter(index=i, name=f"t{i}", shape=s, dtype="bfloat16") for i, s in enumerate(shapes))
+
+
+def _elements(manifest: Manifest) -> int:
+    return sum(parameter.elements for parameter in manifest)
 
 
 def measure(case: Case, *, repeats: int) -> Row:

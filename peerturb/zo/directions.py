@@ -1,8 +1,8 @@
 """From (run key, round, slots, samples) to the signs of a parameter's noise, on any device.
 
 It knows the manifest's shapes and the two layouts, nothing of models, codes or steps. On a CPU the words come from
-`peerturb.rng` (as many threads as torch uses, each with its own cache-sized scratch), elsewhere from
-`peerturb.zo.philox`.
+`peerturb.rng` (as many threads as torch uses, each with its own cache-sized scratch), on CUDA with Triton from its
+kernels, elsewhere from `peerturb.zo.philox`.
 """
 
 import threading
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +78,7 @@ class SpanTable:
         self.columns = [slice(at, at + span.stop - span.start) for span, at in zip(spans, starts, strict=True)]
         """Where each span lies among the `width` columns that `signs` returns."""
         self.width: int = SIGNS_PER_BLOCK * edges[-1]
+        self._counters: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def signs(self, probes: Probes, device: torch.device, *, rows: int = 0) -> Tensor:
         """Return int8[max(n, rows), width] of +1 and -1; rows beyond the probes are zero."""
@@ -85,6 +87,11 @@ class SpanTable:
     def scaled_signs(self, probes: Probes, device: torch.device, *, rows: int, factors: rng.I8, columns: int) -> Tensor:
         """Return the same, the first `columns` of each row times the probe's factor: int8[n], -127..127."""
         height = max(len(probes), rows)
+        kernels = fast.kernels(device)
+        if kernels is not None:
+            out = torch.empty((height, self.width), dtype=torch.int8, device=device)
+            self.fill(kernels, out, probe_table(kernels, probes, factors, device), columns)
+            return out
         out = torch.empty((height, self.width), dtype=torch.int8, device=device)
         out[len(probes) :].zero_()
         loops = fast.compiled() if uses_numpy(device) else None
@@ -103,6 +110,20 @@ class SpanTable:
         if columns:
             out[: len(probes), :columns].mul_(torch.from_numpy(factors.copy()).to(device)[:, None])
         return out
+
+    def fill(self, kernels: ModuleType, out: Tensor, table: Any, columns: int) -> None:
+        """Let a CUDA kernel write the same into int8[at least n, width] of any strides.
+
+        Args:
+            kernels: What `fast.kernels` returned.
+            out: The result.
+            table: The probes and their factors, by `probe_table`.
+            columns: As above.
+        """
+        if out.device not in self._counters:
+            streams = kernels.words_on(self.streams, out.device)
+            self._counters[out.device] = kernels.words_on(self.blocks, out.device), streams
+        kernels.fill_signs(out, *self._counters[out.device], table, -(-columns // SIGNS_PER_BLOCK))
 
     def _fill_compiled(self, loops: ModuleType, eights: U64, probes: Probes, factors: rng.I8, scaled: int) -> None:
         def fill(tile: rng.Tile) -> None:
@@ -174,6 +195,13 @@ def dense_signs(
     stop = parameter.elements if stop is None else stop
     if parameter.kind == "vector":
         return left_signs(parameter, probes, device=device)[:, start:stop]
+    kernels = fast.kernels(torch.device(device))
+    if kernels is not None:
+        table = probe_table(kernels, probes, np.ones(len(probes), np.int8), torch.device(device))
+        first = start // GROUP_SIGNS
+        groups, stream = -(-stop // GROUP_SIGNS) - first, rng.stream_of(parameter.index, SIDE_DENSE)
+        signs: Tensor = kernels.dense_signs(first, groups, table, stream)
+        return signs[:, start - first * GROUP_SIGNS : stop - first * GROUP_SIGNS]
     bits = dense_bits(parameter, probes, start, stop, torch.device(device))
     return bits.neg_().mul_(2).add_(1)
 
@@ -235,6 +263,13 @@ def _spread(words: U32, out: U64) -> None:
     for bit in range(8):
         np.right_shift(lanes, np.uint64(bit), out=out[:, :, :, bit])
     np.bitwise_and(out, _LOW_BITS, out=out)
+
+
+def probe_table(kernels: ModuleType, probes: Probes, factors: rng.I8, device: torch.device) -> Any:
+    """Return the probes as CUDA kernels read them: a `ProbeTable` of `peerturb.zo.cuda.launch`."""
+    return kernels.ProbeTable.of(
+        probes.samples, probes.slots, factors, round=probes.round, run_key=probes.run_key, device=device
+    )
 
 
 def to_device(*arrays: U64, device: torch.device) -> list[Tensor]:

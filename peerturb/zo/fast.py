@@ -1,10 +1,12 @@
-"""Whether the compiled loops are there: the one place that knows Numba is optional."""
+"""Whether compiled loops and CUDA kernels are there: the one place that knows Numba and Triton are optional."""
 
+import warnings
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Scalar = TypeVar("Scalar", bound="np.generic[Any]")
@@ -20,6 +22,38 @@ def compiled() -> ModuleType | None:
     from peerturb.zo import compiled
 
     return compiled
+
+
+def kernels(device: torch.device) -> ModuleType | None:
+    """Return `peerturb.zo.cuda.launch` for a CUDA device on which Triton's kernels give the right bits, else None.
+
+    The first call for a device compiles kernels, or loads Triton's cache, and tries each one.
+    """
+    return _kernels(device) if device.type == "cuda" else None
+
+
+@lru_cache(maxsize=64)
+def _kernels(device: torch.device) -> ModuleType | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    from peerturb.zo.cuda import check, launch
+
+    try:
+        wrong = check.wrong_kernel(device)
+    # A card too old, no C compiler, a driver without the instructions: whatever is wrong, torch makes the same bits.
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong is None:
+        return launch
+    warnings.warn(
+        f"Triton's kernels do not work on {device}, so updates and noise take torch's slower way, with the same result"
+        f" ({wrong}); a C compiler and a card of compute capability 8.0 or newer are needed",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
 
 
 def settled(array: NDArray[Scalar]) -> NDArray[Scalar]:

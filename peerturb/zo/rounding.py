@@ -33,9 +33,9 @@ def subtract(
         chunk: Number of the chunk of PROBES_PER_UPDATE_MAX probes: the noise counter's sample.
     """
     scale = alpha * 2.0**parameter.exponent
-    target = flat[first : first + total.numel()]
-    if _subtract_compiled(target, first, total, parameter, probes, scale, chunk):
+    if _subtract_compiled(flat, first, total, parameter, probes, scale, chunk):
         return
+    target = flat[first : first + total.numel()]
     step = difference(total.reshape(-1), scale)
     if flat.dtype == torch.float32:
         target.sub_(step)
@@ -45,11 +45,17 @@ def subtract(
 
 
 def _subtract_compiled(
-    target: Tensor, first: int, total: Tensor, parameter: Parameter, probes: Probes, scale: float, chunk: int
+    flat: Tensor, first: int, total: Tensor, parameter: Parameter, probes: Probes, scale: float, chunk: int
 ) -> bool:
     """Do it in one compiled pass, if there is one for this device, this sum and this scale."""
+    kernels = fast.kernels(flat.device)
+    if kernels is not None and is_float32(scale):
+        stream = rng.stream_of(parameter.index, SIDE_ROUNDING)
+        kernels.subtract(flat, first, total, scale, stream, chunk, probes.round, probes.run_key)
+        return True
+    target = flat[first : first + total.numel()]
     loops = fast.compiled() if target.device.type == "cpu" else None
-    if loops is None or total.dtype != torch.int32 or not total.is_contiguous() or not _is_float32(scale):
+    if loops is None or total.dtype != torch.int32 or not total.is_contiguous() or not is_float32(scale):
         return False
     sums = total.reshape(-1).numpy()
     if target.dtype == torch.float32:
@@ -68,12 +74,13 @@ def difference(total: Tensor, scale: float) -> Tensor:
     the f32 product of two exact operands is one correct rounding. If it is not (cut among the subnormals), 24 + 24
     bits fit into f64, so the f64 product is exact and the conversion is the only rounding.
     """
-    if _is_float32(scale):
+    if is_float32(scale):
         return total.to(torch.float32).mul_(scale)
     return total.to(torch.float64).mul_(scale).to(torch.float32)
 
 
-def _is_float32(value: float) -> bool:
+def is_float32(value: float) -> bool:
+    """Tell whether f32 holds the value exactly."""
     with np.errstate(over="ignore"):
         return float(np.float32(value)) == value
 

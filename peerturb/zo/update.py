@@ -5,8 +5,6 @@ only the cut into chunks of PROBES_PER_UPDATE_MAX does. It knows neither records
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -18,86 +16,21 @@ from peerturb import codec, rng
 from peerturb.errors import LogError, ModelError
 from peerturb.limits import PROBES_PER_UPDATE_MAX
 from peerturb.manifest import Manifest, Parameter
-from peerturb.rng import GROUP_SIGNS, SIDE_DENSE, SIDE_LEFT, SIDE_RIGHT
+from peerturb.rng import GROUP_SIGNS, SIDE_DENSE
 from peerturb.zo import fast
-from peerturb.zo.directions import Probes, Span, SpanTable, dense_bits
+from peerturb.zo.directions import Probes, dense_bits
 from peerturb.zo.fast import settled
+from peerturb.zo.fused import fused_update
 from peerturb.zo.gemm import exact_product
 from peerturb.zo.parallel import in_parallel
+from peerturb.zo.plan import PIECES_PER_THREAD, PROBES_PER_PASS, Group, Tile, plan_groups
 from peerturb.zo.rounding import subtract
 
-PROBES_PER_PASS = 4096
-"""Probes whose signs exist at the same time."""
-SIGN_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
-"""Signs of a group, the unit of parallel work: on a CPU what stays in a core's share of the last-level cache until it
-is multiplied, and small enough that all cores find work in a small model."""
-TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements of one integer sum: on a CPU what stays in the second-level cache until it is subtracted."""
-PIECES_PER_THREAD = 4
-"""Groups for each thread of a CPU: with fewer, threads wait for the last one."""
-SUM_ELEMENTS = 1 << 24
-"""Elements of all sums that must be kept when a chunk takes several passes: 64 MiB."""
 DENSE_PROBES = {"cpu": 64, "cuda": 64}
 DENSE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 20}
 """Probes x elements of `dense` bits that exist at the same time: 4 MiB on a CPU, 64 MiB elsewhere."""
 
 Family = Literal["rank1", "dense"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tile:
-    """Rows start..stop of one matrix, or elements start..stop of a vector."""
-
-    parameter: Parameter
-    matrix: int
-    start: int
-    stop: int
-
-    @property
-    def first(self) -> int:
-        """Index of the tile's first element in the tensor, row-major."""
-        _, rows, columns = self.parameter.stacked
-        return (self.matrix * rows + self.start) * columns
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return (self.stop - self.start) * self.parameter.stacked[2]
-
-    def spans(self) -> tuple[Span, Span | None]:
-        """Return where the tile's left and right factors lie; a vector has no right one."""
-        _, rows, columns = self.parameter.stacked
-        index, top = self.parameter.index, self.matrix * rows
-        left = Span(stream=rng.stream_of(index, SIDE_LEFT), start=top + self.start, stop=top + self.stop)
-        if self.parameter.kind == "vector":
-            return left, None
-        right_start = self.matrix * columns
-        stream = rng.stream_of(index, SIDE_RIGHT)
-        return left, Span(stream=stream, start=right_start, stop=right_start + columns)
-
-
-class _Group:
-    """Tiles whose signs are made in one pass: left factors side by side, then right factors."""
-
-    def __init__(self, tiles: Sequence[_Tile]) -> None:
-        self.tiles = tuple(tiles)
-        lefts: list[Span] = []
-        rights: list[Span] = []
-        places: dict[Span, int] = {}
-        for tile in tiles:
-            left, right = tile.spans()
-            lefts.append(left)
-            if right is not None and right not in places:
-                places[right] = len(rights)
-                rights.append(right)
-        self.table = SpanTable([*lefts, *rights])
-        columns = self.table.columns
-        self.code_columns = columns[len(lefts) - 1].stop
-        pairs = []
-        for tile, left_columns in zip(tiles, columns, strict=False):
-            right = tile.spans()[1]
-            pairs.append((left_columns, None if right is None else columns[len(lefts) + places[right]]))
-        self.pairs = tuple(pairs)
 
 
 def apply_update(
@@ -142,14 +75,20 @@ def _apply_chunk(
     device = weights[0].device
     vectors_only = family == "dense"
     flats = {p.index: w.detach().reshape(-1) for p, w in zip(manifest, weights, strict=True)}
+    fused = fused_update(manifest, probes, factors, alpha, chunk, device)
 
     @torch.no_grad()  # a property of the thread
-    def apply_group(group: _Group) -> None:
+    def apply_group(group: Group) -> None:
+        if fused is not None and is_one_pass:
+            fused.apply_group(group, flats)
+            return
         for tile, total in _rank1_sums(group, probes, factors, device):
             subtract(flats[tile.parameter.index], tile.first, total, tile.parameter, probes, alpha, chunk)
 
+    is_one_pass = len(probes) <= PROBES_PER_PASS
     pieces = PIECES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else 1
-    groups = _plan(manifest, vectors_only, device.type, min(len(probes), PROBES_PER_PASS), pieces)
+    kind = "fused" if fused is not None and is_one_pass else _kind(device)
+    groups = plan_groups(manifest, vectors_only, kind, min(len(probes), PROBES_PER_PASS), pieces)
     in_parallel(apply_group, groups, on=device.type)
     if family == "dense":
 
@@ -161,6 +100,10 @@ def _apply_chunk(
 
         width = DENSE_ELEMENTS[_kind(device)]
         matrices = [parameter for parameter in manifest if parameter.kind != "vector"]
+        if fused is not None:
+            for parameter in matrices:
+                fused.apply_dense(parameter, flats[parameter.index])
+            matrices = []
         stretches = [(p, first) for p in matrices for first in range(0, p.elements, width)]
         in_parallel(apply_stretch, stretches, on=device.type)
     for parameter, weight in zip(manifest, weights, strict=True):
@@ -169,8 +112,8 @@ def _apply_chunk(
 
 
 def _rank1_sums(
-    group: _Group, probes: Probes, factors: NDArray[np.int8], device: torch.device
-) -> Iterator[tuple[_Tile, Tensor]]:
+    group: Group, probes: Probes, factors: NDArray[np.int8], device: torch.device
+) -> Iterator[tuple[Tile, Tensor]]:
     """Yield each tile with U = sum of c * a bT, exact integers [rows, columns]."""
     sums: list[Tensor] = []
     passes = range(0, len(probes), PROBES_PER_PASS)
@@ -214,41 +157,6 @@ def _dense_sums(
         bits = dense_bits(parameter, probes.part(start, start + height), first, stop, device)
         total.add_(exact_product(column[start : start + height], bits)[0].to(torch.int32))
     return total.mul_(-2).add_(int(factors.astype(np.int64).sum()))
-
-
-@lru_cache(maxsize=64)
-def _plan(manifest: Manifest, vectors_only: bool, device_type: str, probes: int, pieces: int) -> tuple[_Group, ...]:
-    """Cut the manifest into tiles, and the tiles into groups whose signs and sums stay within their limits.
-
-    There are at least about `pieces` groups, if there are so many tiles.
-    """
-    device = "cpu" if device_type == "cpu" else "cuda"
-    columns_max = max(SIGN_BYTES[device] // probes, 1)
-    tiles = list(_tiles(manifest, vectors_only, TILE_ELEMENTS[device]))
-    size_max = min(SUM_ELEMENTS, -(-sum(tile.elements for tile in tiles) // pieces))
-    groups: list[list[_Tile]] = []
-    width = size = 0
-    previous: _Tile | None = None
-    for tile in tiles:
-        is_same = previous is not None and (previous.parameter, previous.matrix) == (tile.parameter, tile.matrix)
-        tile_width = tile.stop - tile.start + (0 if is_same else tile.parameter.stacked[2])
-        if not groups or width + tile_width > columns_max or size + tile.elements > size_max:
-            groups.append([])
-            width = size = 0
-        groups[-1].append(tile)
-        width, size, previous = width + tile_width, size + tile.elements, tile
-    return tuple(_Group(group) for group in groups)
-
-
-def _tiles(manifest: Manifest, vectors_only: bool, elements_max: int) -> Iterator[_Tile]:
-    for parameter in manifest:
-        if parameter.elements == 0 or (vectors_only and parameter.kind != "vector"):
-            continue
-        matrices, rows, columns = parameter.stacked
-        height = max(elements_max // columns, 1)
-        for matrix in range(matrices):
-            for start in range(0, rows, height):
-                yield _Tile(parameter=parameter, matrix=matrix, start=start, stop=min(start + height, rows))
 
 
 def _kind(device: torch.device) -> str:

@@ -82,6 +82,8 @@ def _third_party(folder: Path) -> set[str]:
     for root in {name.partition(".")[0] for name in roots}:
         if root == "google":
             found.add("protobuf")
+        elif root == "triton":  # torch's CUDA packages bring it, others lack it
+            found.add("torch")
         elif root not in sys.stdlib_module_names and not root.startswith("peerturb"):
             found |= {_normal(name) for name in owners[root]}
     return found

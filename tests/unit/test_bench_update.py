@@ -30,3 +30,24 @@ def test_the_loop_draws_and_adds() -> None:
     update.draw_and_add(weight, np.array([3], np.int8), seed=1)
     noise = torch.randn(4, 4, generator=torch.Generator().manual_seed(1_000_003))
     assert torch.equal(weight, torch.zeros(4, 4).add_(noise, alpha=-update.ALPHA * 3))
+
+
+@pytest.mark.parametrize("family", ["rank1", "dense"])
+def test_a_whole_models_update_is_measured_against_its_limit(family: Family) -> None:
+    manifest = update.llama(1, width=32, inner=48, vocabulary=40)
+    weights = [torch.zeros(parameter.shape, dtype=torch.bfloat16) for parameter in manifest]
+    row = update.measure_model(family, manifest, weights, repeats=1)
+    assert row.name.startswith(f"cpu {family} bfloat16")
+    assert row.unit == "ms"
+    assert row.value > 0
+    assert all(bool(weight.any()) for weight in weights)
+
+
+def test_the_model_of_the_gpu_rows_is_a_7_b_llama() -> None:
+    assert sum(parameter.elements for parameter in update.llama(update.GPU_LAYERS)) == 6_738_415_616
+
+
+@pytest.mark.gpu
+def test_gpu_rows() -> None:
+    rows = update.gpu_rows(torch.device("cuda", 0), repeats=1)
+    assert [row.name.split()[1] for row in rows] == ["rank1", "dense"]

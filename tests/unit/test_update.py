@@ -13,7 +13,7 @@ from peerturb import codec
 from peerturb.errors import LogError, ModelError
 from peerturb.limits import PROBES_PER_UPDATE_MAX
 from peerturb.manifest import DType, Manifest, Parameter
-from peerturb.zo import directions, gemm, rounding, update
+from peerturb.zo import directions, gemm, plan, rounding, update
 from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.update import Family, apply_update
 
@@ -93,14 +93,14 @@ def equal_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles, groups and passes so small that every path is taken by small tensors."""
-    monkeypatch.setitem(update.TILE_ELEMENTS, "cpu", 500)
-    monkeypatch.setitem(update.SIGN_BYTES, "cpu", 4096)
+    monkeypatch.setitem(plan.TILE_ELEMENTS, "cpu", 500)
+    monkeypatch.setitem(plan.SIGN_BYTES, "cpu", 4096)
     monkeypatch.setitem(update.DENSE_ELEMENTS, "cpu", 4096)
     monkeypatch.setitem(update.DENSE_PROBES, "cpu", 4)
     monkeypatch.setattr(update, "PROBES_PER_PASS", 8)
-    update._plan.cache_clear()
+    plan.plan_groups.cache_clear()
     yield
-    update._plan.cache_clear()
+    plan.plan_groups.cache_clear()
 
 
 @pytest.mark.parametrize("family", ["rank1", "dense"])
@@ -138,7 +138,7 @@ def test_the_cut_into_tiles_and_passes_does_not_matter(
     weights = weights_of(manifest)
     cut = applied(manifest, weights, family)
     request.getfixturevalue("monkeypatch").undo()
-    update._plan.cache_clear()
+    plan.plan_groups.cache_clear()
     assert equal_bits(cut, applied(manifest, weights, family))
 
 
