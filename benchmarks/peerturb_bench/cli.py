@@ -21,6 +21,9 @@ BENCHMARKS = {
     "overhead": "Milliseconds a round costs when computing costs nothing: real processes, fsync included.",
     "step": "A probe's two evaluations, against plain inference on the same tokens.",
     "join": "A peer that joins late: time until it trains, bytes it received.",
+    "replay": "Replaying 10 000 rounds, beside what its parts cost alone.",
+    "memory": "Peak memory of probes above that of plain inference.",
+    "target": "Seconds and forward passes to the loss MeZO ends with, against MeZO; AdamW as the ceiling.",
     "byte": "Rounds to the same held-out loss with one byte for each projected gradient, against f32 scalars.",
 }
 """Name (and module below `peerturb_bench`) -> what it measures, against what."""

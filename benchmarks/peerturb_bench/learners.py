@@ -1,0 +1,151 @@
+"""Three ways to fine-tune the same model on the same data: peerturb, MeZO and backprop with AdamW.
+
+Each is a `Learner`: it does one step at a time on the case's model and counts what it computed. None knows a clock.
+"""
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peerturb.zo.batch import Runner
+from peerturb.zo.model import build_manifest, trainable_weights
+from peerturb.zo.objective import TokenSequence
+from peerturb_bench.single import ByteExchange, Case, Trainer
+
+
+class Learner(Protocol):
+    """One run from the base weights; leaving the context puts them back."""
+
+    forwards: int
+    """Sequences that went through the model forwards so far; a backward pass counts as two."""
+
+    def step(self) -> None:
+        """Do one step."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Peerturb:
+    """The product in one process: a round of probes on one slot, bytes, exact update."""
+
+    def __init__(self, case: Case, *, seed: int, probes: int) -> None:
+        spec = case.run_spec(seed=seed, probes_max=probes)
+        self.forwards = 0
+        self._trainer = Trainer(case, ByteExchange(spec), spec)
+        self._per_step = 2 * probes * spec.objective.examples_per_probe * case.objective.per_example * len(case.parts)
+
+    def step(self) -> None:
+        """See `Learner`."""
+        self._trainer.step()
+        self.forwards += self._per_step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._trainer.close()
+
+
+class _Plain:
+    """What MeZO and AdamW share: the weights, batches of the data in random order, the way back."""
+
+    def __init__(self, case: Case, *, seed: int, batch: int) -> None:
+        manifest = build_manifest(case.model, case.spec.model)
+        self.case = case
+        self.forwards = 0
+        self.weights = list(trainable_weights(case.model, manifest).values())
+        self.runner = Runner(case.model, manifest, case.objective)
+        self._base = [weight.clone() for weight in self.weights]
+        self._batches = _batches([item for part in case.parts for item in part], batch, seed)
+        self._per_batch = batch * case.objective.per_example
+
+    def batch(self) -> list[TokenSequence]:
+        """Return the next batch."""
+        return next(self._batches)
+
+    def count(self, passes: int) -> None:
+        """Note forward passes over a batch."""
+        self.forwards += passes * self._per_batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for weight, base in zip(self.weights, self._base, strict=True):
+            weight.copy_(base)
+
+
+class Mezo(_Plain):
+    """MeZO (Malladi et al. 2023, algorithm 1): one Gaussian direction a step, weights moved in place.
+
+    W += e z; loss; W -= 2 e z; loss; W += e z; W -= lr g z with g = (l+ - l-) / 2e, z drawn again from its seed for
+    each sweep.
+    """
+
+    def __init__(self, case: Case, *, seed: int, learning_rate: float, epsilon: float = 1e-3, batch: int = 16) -> None:
+        super().__init__(case, seed=seed, batch=batch)
+        self._rate, self._epsilon = learning_rate, epsilon
+        self._seeds = np.random.default_rng(seed)
+
+    def step(self) -> None:
+        """See `Learner`."""
+        items, seed = self.batch(), int(self._seeds.integers(2**31))
+        self._move(seed, self._epsilon)
+        plus = float(self.runner.losses(items).mean())
+        self._move(seed, -2 * self._epsilon)
+        minus = float(self.runner.losses(items).mean())
+        self._move(seed, self._epsilon)
+        self._move(seed, -self._rate * (plus - minus) / (2 * self._epsilon))
+        self.count(2)
+
+    @torch.inference_mode()
+    def _move(self, seed: int, factor: float) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for weight in self.weights:
+            weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype), alpha=factor)
+
+
+class AdamW(_Plain):
+    """Backprop: the honest ceiling, with the memory it takes."""
+
+    def __init__(self, case: Case, *, seed: int, learning_rate: float, batch: int = 16) -> None:
+        super().__init__(case, seed=seed, batch=batch)
+        self._parameters = [entry for _, entry in self.runner.parameters]
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=0.0)
+
+    def step(self) -> None:
+        """See `Learner`."""
+        rows = self.case.objective.rows(self.batch())
+        logits: Tensor = self.case.model(input_ids=rows.ids, use_cache=False).logits
+        if rows.positions is not None:
+            logits = logits.gather(1, rows.positions[:, :, None].expand(-1, -1, logits.shape[2]))
+        self._optimizer.zero_grad(set_to_none=True)
+        self.case.objective.losses(logits, rows).mean().backward()
+        self._optimizer.step()
+        self.count(3)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self._parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        super().__exit__()
+
+
+def _batches(items: list[TokenSequence], size: int, seed: int) -> Iterator[list[TokenSequence]]:
+    """Yield batches for ever, each epoch in another order."""
+    generator = np.random.default_rng(seed)
+    while True:
+        order = generator.permutation(len(items)).tolist()
+        for begin in range(0, len(order) - size + 1, size):
+            yield [items[index] for index in order[begin : begin + size]]
