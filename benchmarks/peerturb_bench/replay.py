@@ -19,12 +19,12 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import ModelSpec, RunSpec
-from peerturb.zo import update
 from peerturb.zo.digest import run_digest, short_digest
 from peerturb.zo.directions import Probes
 from peerturb.zo.gemm import exact_product
 from peerturb.zo.model import base_digest, build_manifest, load_model, trainable_weights
 from peerturb.zo.parallel import in_parallel
+from peerturb.zo.plan import PIECES_PER_THREAD, Group, plan_groups
 from peerturb.zo.replay import CHECK_EVERY, replay
 from peerturb.zo.rounding import subtract
 from peerturb.zo.update import apply_update
@@ -103,23 +103,23 @@ def _parts(spec: RunSpec, manifest: Manifest, weights: Sequence[Tensor]) -> dict
     samples = np.tile(np.arange(PROBES), SLOTS)
     probes = Probes.of(run_key=spec.run_key, round=1, slots=np.repeat(np.arange(SLOTS), PROBES), samples=samples)
     factors = np.ones(count, np.int8)
-    pieces = update.PIECES_PER_THREAD * torch.get_num_threads()
-    groups = update._plan(manifest, False, "cpu", count, pieces)
+    pieces = PIECES_PER_THREAD * torch.get_num_threads()
+    groups = plan_groups(manifest, False, "cpu", count, pieces)
     device = torch.device("cpu")
     signs = {id(g): g.table.scaled_signs(probes, device, rows=count, factors=factors, columns=0) for g in groups}
     totals = {id(g): [_product(signs[id(g)], pair) for pair in g.pairs] for g in groups}
     flats = {p.index: w.reshape(-1).clone() for p, w in zip(manifest, weights, strict=True)}
 
-    def generate(group: update._Group) -> None:
+    def generate(group: Group) -> None:
         group.table.scaled_signs(probes, device, rows=count, factors=factors, columns=0)
 
     @torch.no_grad()
-    def multiply(group: update._Group) -> None:
+    def multiply(group: Group) -> None:
         for pair in group.pairs:
             _product(signs[id(group)], pair)
 
     @torch.no_grad()
-    def pass_over(group: update._Group) -> None:
+    def pass_over(group: Group) -> None:
         for tile, total in zip(group.tiles, totals[id(group)], strict=True):
             subtract(flats[tile.parameter.index], tile.first, total, tile.parameter, probes, 0.0, 0)
 
