@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peerturb.manifest import Manifest, Parameter
 from peerturb.zo.coverage import Trial, text_trial
 from peerturb.zo.kinds import kind_of, shared_tables
 from peerturb.zo.objective import Objective, Rows, TokenSequence
 from peerturb.zo.perturbation import Perturbation
-from peerturb.zo.perturbed import PerturbedForward
+from peerturb.zo.perturbed import PerturbedForward, owners_of
 
 Item = TypeVar("Item", contravariant=True)
 
@@ -40,11 +40,14 @@ class Evaluator(Protocol[Item]):
         parameters: what is trained, entry by entry of the manifest, with the model's tensors.
         device: where the tensors are.
         dtype: type of the activations.
+        owners: the modules inside which operations are seen, None for anywhere (`peerturb.zo.perturbed`). The probe
+            engine sets it to None where a trial says so.
     """
 
     parameters: list[tuple[Parameter, Tensor]]
     device: torch.device
     dtype: torch.dtype
+    owners: Sequence[nn.Module] | None
 
     def size(self, item: Item) -> Size:
         """Say what an example costs."""
@@ -79,6 +82,11 @@ class Runner:
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.trial: Trial = text_trial(model)
+        self.owners: Sequence[nn.Module] | None = None
+        if not self.shared:  # such tables are used far from where they are looked up
+            heads = [] if self.head is None else [self.head]
+            self.owners = owners_of(model, [tensor for _, tensor in self.parameters] + heads)
+        self._head_owners = () if self.head is None else owners_of(model, [self.head])
 
     def size(self, item: TokenSequence) -> Size:
         """See `Evaluator`."""
@@ -123,7 +131,9 @@ class Runner:
         if perturbation is None and rows.positions is None:
             context: Any = nullcontext()
         elif perturbation is None:
-            context = PerturbedForward([], None, rows=len(rows.ids), head=self.head, positions=rows.positions)
+            context = PerturbedForward(
+                [], None, rows=len(rows.ids), head=self.head, positions=rows.positions, owners=self._head_owners
+            )
         else:
             context = PerturbedForward(
                 self.parameters,
@@ -132,6 +142,7 @@ class Runner:
                 head=self.head,
                 positions=rows.positions,
                 shared=self.shared,
+                owners=self.owners,
             )
         given: dict[str, Any] = {} if self.kind == "classes" else {"use_cache": False}
         if rows.mask is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peerturb.errors import ModelError
@@ -124,12 +124,42 @@ def text_trial(model: Any) -> Trial:
     return forward
 
 
+def check_owners(
+    trial: Trial,
+    parameters: Parameters,
+    family: str,
+    *,
+    shared: Collection[str] = (),
+    owners: Sequence[nn.Module] | None = None,
+) -> Sequence[nn.Module] | None:
+    """Check a model as `check_trial` does; return where its operations must be seen: in `owners`, or (None) anywhere.
+
+    A parameter may be used outside the module that holds it. Then all operations are seen, which is slower.
+    """
+    if owners is not None:
+        try:
+            check_trial(trial, parameters, family, shared=shared, owners=owners)
+        except ModelError:
+            pass
+        else:
+            return owners
+    check_trial(trial, parameters, family, shared=shared)
+    return None
+
+
 @torch.inference_mode()
-def check_trial(trial: Trial, parameters: Parameters, family: str, *, shared: Collection[str] = ()) -> None:
+def check_trial(
+    trial: Trial,
+    parameters: Parameters,
+    family: str,
+    *,
+    shared: Collection[str] = (),
+    owners: Sequence[nn.Module] | None = None,
+) -> None:
     """Refuse a model that the engine cannot perturb wholly.
 
     Args:
-        shared: see `PerturbedForward`.
+        shared, owners: see `PerturbedForward`.
 
     Raises:
         ModelError: names the first parameter that is unused, used in an unknown way or perturbed wrongly.
@@ -138,7 +168,7 @@ def check_trial(trial: Trial, parameters: Parameters, family: str, *, shared: Co
     # Twice: a tensor that the model derives once and keeps would miss the second forward.
     for _ in range(2):
         signs = TrialSigns(manifest, PROBES)
-        result, used = _perturbed(trial, parameters, signs, family, shared)
+        result, used = _perturbed(trial, parameters, signs, family, shared, owners)
     unused = [entry.name for entry in manifest if entry.name not in used]
     if unused:
         raise ModelError(
@@ -147,16 +177,23 @@ def check_trial(trial: Trial, parameters: Parameters, family: str, *, shared: Co
             f'trained. Keep it frozen: add "{unused[0]}" (or a pattern that covers it) to model.exclude'
         )
     if not _agrees(trial, parameters, signs, result):
+        if owners is not None:
+            raise ModelError("a parameter is used outside the module that holds it")
         raise _culprit(trial, parameters, family, shared)
 
 
 def _perturbed(
-    trial: Trial, parameters: Parameters, signs: TrialSigns, family: str, shared: Collection[str]
+    trial: Trial,
+    parameters: Parameters,
+    signs: TrialSigns,
+    family: str,
+    shared: Collection[str],
+    owners: Sequence[nn.Module] | None = None,
 ) -> tuple[Tensor, set[str]]:
     first = parameters[0][1]
     perturbation = FAMILIES[family](signs, probes=PROBES, epsilon=TRIAL_EPSILON, dtype=first.dtype, device=first.device)
     both = torch.arange(EXAMPLES_MAX).view(PROBES, 1, EXAMPLES).expand(-1, 2, -1).flatten()
-    with PerturbedForward(parameters, perturbation, rows=len(both), shared=shared) as mode:
+    with PerturbedForward(parameters, perturbation, rows=len(both), shared=shared, owners=owners) as mode:
         result = trial(both)
     return result.float() if result.dtype in HALVES else result, mode.used
 

@@ -66,6 +66,7 @@ class CustomEvaluator(Generic[Item]):
         named = dict(module.named_parameters(remove_duplicate=False))
         self.parameters: list[tuple[Parameter, Tensor]] = [(entry, named[entry.name]) for entry in self.manifest]
         self.device = self.parameters[0][1].device
+        self.owners: Sequence[nn.Module] | None = None
         self.dtype = TORCH_DTYPES[spec.dtype]
         self._loss, self._forward = loss, forward or _call
         self._collate = collate or stack

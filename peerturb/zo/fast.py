@@ -24,6 +24,18 @@ def compiled() -> ModuleType | None:
     return compiled
 
 
+@lru_cache(maxsize=1)
+def rowwise() -> ModuleType | None:
+    """Return `peerturb.zo.rowwise`, or None where Numba is not installed or torch's threads cannot be used."""
+    from peerturb.zo import crew
+
+    if compiled() is None or not crew.is_usable():
+        return None
+    from peerturb.zo import rowwise
+
+    return rowwise
+
+
 def kernels(device: torch.device) -> ModuleType | None:
     """Return `peerturb.zo.cuda.launch` for a CUDA device on which Triton's kernels give the right bits, else None.
 

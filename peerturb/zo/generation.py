@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peerturb import rng
 from peerturb.errors import ObjectiveError
@@ -74,6 +74,7 @@ class GenerationEvaluator(Generic[Item]):
         self.model, self.tokenizer = model, tokenizer
         self.parameters: list[tuple[Parameter, Tensor]] = [(entry, named[entry.name]) for entry in manifest]
         self.device: torch.device = next(model.parameters()).device
+        self.owners: Sequence[nn.Module] | None = None
         self.dtype: torch.dtype = self.parameters[0][1].dtype
         self.trial: Trial = text_trial(model)
         self._head: Tensor | None = None if head is None else head.weight

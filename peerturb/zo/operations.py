@@ -247,6 +247,9 @@ def _layer_norm(mode: Following, func: Callable[..., Any], args: tuple[Any, ...]
     first = scale or shift
     if first is not None and len(shape) != 1:
         mode.refuse(first, "normalises over more than one dimension with it")
+    fused = _affine_at_once(mode, x, weight, scale, bias, shift, eps)
+    if fused is not None:
+        return fused
     plain = F.layer_norm(x, shape, None, None, eps)
     return _affine(mode, plain, weight, scale, bias, shift)
 
@@ -263,6 +266,9 @@ def _rms_norm(mode: Following, func: Callable[..., Any], args: tuple[Any, ...], 
 
 def _affine(mode: Following, x: Tensor, weight: Any, scale: Tracked | None, bias: Any, shift: Tracked | None) -> Tensor:
     """x * weight + bias over the last dimension, either of them tracked, plain or None."""
+    fused = _affine_at_once(mode, x, weight, scale, bias, shift)
+    if fused is not None:
+        return fused
     y = x
     if scale is not None:
         y = _scaled(mode, scale, x)
@@ -275,8 +281,36 @@ def _affine(mode: Following, x: Tensor, weight: Any, scale: Tracked | None, bias
     return y
 
 
+def _affine_at_once(
+    mode: Following,
+    x: Tensor,
+    weight: Any,
+    scale: Tracked | None,
+    bias: Any,
+    shift: Tracked | None,
+    epsilon: float | None = None,
+) -> Tensor | None:
+    """The same in one pass, where both are the model's own vectors; x normalised first if there is an epsilon."""
+    for found in (scale, shift):
+        if found is not None:
+            if found.rows is not None or found.parameter.kind != "vector":
+                return None
+            mode.grouped(found, x, found.parameter.elements)
+    return mode.perturbation.affine(
+        x,
+        weight if scale is None else scale.tensor.view(-1),
+        bias if shift is None else shift.tensor.view(-1),
+        scaled=None if scale is None else scale.parameter,
+        shifted=None if shift is None else shift.parameter,
+        epsilon=epsilon,
+    )
+
+
 def _scaled(mode: Following, found: Tracked, x: Tensor) -> Tensor:
     """x times a tracked vector."""
+    fused = _affine_at_once(mode, x, None, found, None, None) if x.shape[-1] == found.parameter.elements else None
+    if fused is not None:
+        return fused
     grouped, vector = mode.grouped(found, x, found.parameter.elements), mode.vector(found)
     if found.rows is not None or x.dtype not in HALVES:
         return (grouped * vector).view(x.shape)

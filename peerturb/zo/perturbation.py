@@ -6,17 +6,20 @@ perturbation is added to it without ever forming perturbed weights. Knows nothin
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from peerturb.manifest import Parameter
+from peerturb.zo import fast
 
 TABLE_BYTES_MAX = 2**23
-"""Up to here a micro-batch's factors are converted and multiplied by epsilon all at once."""
+"""Up to here a whole page of factors is converted and multiplied by epsilon at once: fewer operations."""
 
 Side = Literal["left", "right"]
+SIDES: tuple[Side, Side] = ("left", "right")
 
 HALVES = (torch.bfloat16, torch.float16)
 """Types of which a perturbation may be too small a part to survive a sum: what can be is added in f32."""
@@ -39,15 +42,15 @@ class Signs(Protocol):
 
 
 @runtime_checkable
-class SignTable(Signs, Protocol):
-    """Signs of `rank1` that have been made for all parameters at once."""
+class PagedFactors(Signs, Protocol):
+    """Signs of `rank1` of which several parameters' are made at once (`peerturb.zo.factors`)."""
 
-    def factors(self) -> Tensor:
-        """Return the factors of all parameters side by side: [probes, width]."""
+    def page(self, number: int) -> Tensor:
+        """Return a page: [probes, width]."""
         ...
 
-    def columns(self, parameter: Parameter, side: Side) -> slice:
-        """Return where a parameter's factor lies among `factors`."""
+    def place(self, parameter: Parameter, side: Side) -> tuple[int, slice]:
+        """Return the page of one factor and its columns there."""
         ...
 
 
@@ -65,6 +68,7 @@ class Perturbation:
         self.probes = probes
         self.dtype = dtype
         self.device = device
+        self.epsilon = epsilon
         self._exact = torch.float32 if dtype in HALVES else dtype
         self._steps = torch.tensor([epsilon, -epsilon], dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
@@ -72,6 +76,42 @@ class Perturbation:
     def steps(self, parameter: Parameter) -> Tensor:
         """Return (+epsilon 2**k, -epsilon 2**k): shape [2]. The power of two makes this exact."""
         return self._steps if parameter.exponent == 0 else self._steps * 2.0**parameter.exponent
+
+    def step(self, parameter: Parameter) -> float:
+        """Return epsilon 2**k."""
+        return self.epsilon * 2.0**parameter.exponent
+
+    def affine(
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        *,
+        scaled: Parameter | None,
+        shifted: Parameter | None,
+        epsilon: float | None = None,
+    ) -> Tensor | None:
+        """Return x * scale + shift in one pass, or None where only torch's own operations can.
+
+        Args:
+            x: activations, the vectors' elements in the last dimension.
+            scale, shift: plain vectors, or None: 1 and 0.
+            scaled, shifted: the parameter that the vector is, or None where it is not perturbed.
+            epsilon: if given, x is normalised first, with this added to the variance.
+        """
+        rowwise = fast.rowwise()
+        if rowwise is None or not rowwise.takes(x):
+            return None
+        if any(value is not None and (value.dtype != x.dtype or not value.is_contiguous()) for value in (scale, shift)):
+            return None
+        y: Tensor = rowwise.affine(
+            x.view(self.probes, -1, x.shape[-1]), scale, shift, sides=len(self._steps),
+            scale_signs=None if scaled is None else self.signs.left(scaled),
+            scale_step=0.0 if scaled is None else self.step(scaled),
+            shift_signs=None if shifted is None else self.signs.left(shifted),
+            shift_step=0.0 if shifted is None else self.step(shifted), epsilon=epsilon,
+        )  # fmt: skip
+        return y.view(x.shape)
 
     def vector(self, parameter: Parameter) -> Tensor:
         """Return the perturbation of a vector for every row: [probes, 2, 1, elements], f32 in half-precision models."""
@@ -126,14 +166,22 @@ class RankOne(Perturbation):
 
     def __init__(self, signs: Signs, *, probes: int, epsilon: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device)
-        self._table: SignTable | None = None
-        if isinstance(signs, SignTable):
-            factors = signs.factors()
-            if 3 * factors.numel() * dtype.itemsize <= TABLE_BYTES_MAX:
-                # Two operations for all parameters instead of two for each: small models would feel those.
-                self._table = signs
-                self._factors = factors.to(device, dtype)
-                self._stepped = self._with_steps(self._factors, self._steps)
+        self._paged = signs if isinstance(signs, PagedFactors) else None
+        self._pages: dict[int, tuple[Tensor, Tensor] | None] = {}
+
+    def _page(self, parameter: Parameter, side: Side) -> tuple[Tensor, Tensor] | None:
+        """Return one factor in the type of the activations, plain and times the steps, if its page is converted."""
+        if self._paged is None or parameter.exponent != 0:
+            return None
+        number, columns = self._paged.place(parameter, side)
+        if number not in self._pages:
+            signs = self._paged.page(number)
+            is_small = 3 * signs.numel() * self.dtype.itemsize <= TABLE_BYTES_MAX
+            factors = signs.to(self.device, self.dtype) if is_small else None
+            # One at a time: what is converted is larger than the signs.
+            self._pages = {number: None if factors is None else (factors, self._with_steps(factors, self._steps))}
+        found = self._pages[number]
+        return None if found is None else (found[0][:, columns], found[1][:, :, columns])
 
     def _with_steps(self, factors: Tensor, steps: Tensor) -> Tensor:
         """Return +epsilon and -epsilon times the factors: [2 * probes, 1, n]."""
@@ -141,23 +189,29 @@ class RankOne(Perturbation):
 
     def _factor(self, parameter: Parameter, side: Side) -> Tensor:
         """Return one factor: [probes, n]."""
-        if self._table is not None:
-            return self._factors[:, self._table.columns(parameter, side)]
+        page = self._page(parameter, side)
+        if page is not None:
+            return page[0]
         signs = self.signs.left(parameter) if side == "left" else self.signs.right(parameter)
         return signs.to(self.device, self.dtype)
 
     def _stepped_factor(self, parameter: Parameter, side: Side) -> Tensor:
         """Return one factor times +epsilon 2**k and -epsilon 2**k: [2 * probes, 1, n]."""
-        if self._table is not None and parameter.exponent == 0:
-            return self._stepped[:, :, self._table.columns(parameter, side)]
+        page = self._page(parameter, side)
+        if page is not None:
+            return page[1]
         return self._with_steps(self._factor(parameter, side), self.steps(parameter))
 
     def add_linear(
         self, parameter: Parameter, x: Tensor, y: Tensor, *, bias: Parameter | None, transposed: bool
     ) -> None:
         """See the base class. One pass over x, one over y."""
-        right: Side = "left" if transposed else "right"
-        left: Side = "right" if transposed else "left"
+        rowwise = fast.rowwise()
+        if rowwise is not None and rowwise.takes(x):
+            a, b = (self.signs.left(parameter), self.signs.right(parameter))[:: -1 if transposed else 1]
+            self._add_rowwise(rowwise, x, y, a, b, self.step(parameter), bias)
+            return
+        left, right = SIDES[:: -1 if transposed else 1]
         # b as a row times xT runs several times faster on CPUs than x times b as a column.
         dots = torch.bmm(self._factor(parameter, right)[:, None, :], x.transpose(1, 2)).view(2 * self.probes, -1, 1)
         row, sides = self._stepped_factor(parameter, left), y.view(2 * self.probes, -1, y.shape[2])
@@ -169,10 +223,25 @@ class RankOne(Perturbation):
             row = torch.cat([row, self._stepped_factor(bias, "left")], 1)
             sides.baddbmm_(torch.cat([dots, torch.ones_like(dots)], 2), row)
 
+    def _add_rowwise(
+        self, rowwise: ModuleType, x: Tensor, y: Tensor, a: Tensor, b: Tensor, step: float, bias: Parameter | None
+    ) -> None:
+        rowwise.add_linear(
+            x, y, a, b, step=step, sides=len(self._steps),
+            bias=None if bias is None else self.signs.left(bias), bias_step=0.0 if bias is None else self.step(bias),
+        )  # fmt: skip
+
     def add_embedding(self, parameter: Parameter, ids: Tensor, y: Tensor) -> None:
         """See the base class."""
-        picked = self._factor(parameter, "left").gather(1, ids).view(2 * self.probes, -1, 1)
-        add_outer(y.view(2 * self.probes, -1, y.shape[2]), picked, self._stepped_factor(parameter, "right"))
+        # Signs are picked before they are converted: there is one for each word, and few words in a batch.
+        picked = self.signs.left(parameter).gather(1, ids)[:, :, None].to(y.dtype)
+        rowwise = fast.rowwise()
+        if rowwise is not None and rowwise.takes(y):
+            ones = torch.ones((self.probes, 1), dtype=torch.int8)
+            self._add_rowwise(rowwise, picked, y, self.signs.right(parameter), ones, self.step(parameter), None)
+            return
+        column = picked.view(2 * self.probes, -1, 1)
+        add_outer(y.view(2 * self.probes, -1, y.shape[2]), column, self._stepped_factor(parameter, "right"))
 
     def add_experts(
         self, parameter: Parameter, x: Tensor, y: Tensor, *, groups: Tensor, experts: Tensor, transposed: bool

@@ -7,10 +7,11 @@ unperturbed in silence; `peerturb.zo.coverage` checks besides, before training, 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peerturb.errors import ModelError
@@ -30,6 +31,8 @@ class PerturbedForward(TorchFunctionMode):
         head: the output embedding; where it is applied, only `positions` of each row are kept.
         positions: [rows, kept] indices of the tokens whose logits are wanted, or None for all.
         shared: names of embeddings looked up once for all rows (`peerturb.zo.coverage.shared_tables`).
+        owners: the modules inside which operations are seen (`owners_of`): all others run at full speed. None: all
+            operations of the forward are seen.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class PerturbedForward(TorchFunctionMode):
         head: Tensor | None = None,
         positions: Tensor | None = None,
         shared: Collection[str] = (),
+        owners: Sequence[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if parameters and perturbation is None:
@@ -56,12 +60,94 @@ class PerturbedForward(TorchFunctionMode):
         self.has_kept = False
         """True once the head was applied to `positions` only."""
         self._tracked = {id(tensor): Tracked(parameter=entry, tensor=tensor) for entry, tensor in parameters}
+        self._owners = owners
+        self._replaced: list[tuple[nn.Module, Any]] = []
+        self._is_inside = False
+
+    def __enter__(self) -> Self:
+        """Begin to see operations."""
+        if self._owners is None:
+            super().__enter__()  # type: ignore[no-untyped-call]
+        for module in self._owners or ():
+            self._replaced.append((module, module.__dict__.get("forward")))
+            # As an attribute of the object it goes before the class's method; `setattr` of a module is slow.
+            module.__dict__["forward"] = self._seen(module)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop seeing them."""
+        if self._owners is None:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
+        while self._replaced:
+            module, forward = self._replaced.pop()
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+
+    def _seen(self, module: nn.Module) -> Callable[..., Any]:
+        """Return a module's forward, its operations seen."""
+        forward = module.forward
+        if type(module) is nn.Linear and "forward" not in module.__dict__:
+            return self._seen_linear(module)
+
+        def enclosed(*args: Any, **kwargs: Any) -> Any:
+            if self._is_inside:
+                return forward(*args, **kwargs)
+            self._is_inside = True
+            TorchFunctionMode.__enter__(self)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                TorchFunctionMode.__exit__(self, None, None, None)
+                self._is_inside = False
+
+        return enclosed
 
     @property
     def perturbation(self) -> Perturbation:
         """What is added; handlers ask only once they have met a tracked parameter."""
         assert self._perturbation is not None
         return self._perturbation
+
+    def _seen_linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        """Return the same for a linear layer, whose only operation needs no looking for."""
+        weight, bias, forward = module.weight, module.bias, module.forward
+        found, shift = self._tracked.get(id(weight)), self._tracked.get(id(bias))
+        is_head = weight is self.head and self.positions is not None
+        if found is None or found.parameter.kind != "matrix" or is_head:
+
+            def handled(input: Tensor) -> Tensor:
+                # Inside another owner the operation is seen anyway.
+                return (
+                    forward(input) if self._is_inside else HANDLERS[F.linear](self, F.linear, (input, weight, bias), {})
+                )
+
+            return handled
+        parameter, added = found.parameter, None if shift is None else shift.parameter
+        names = {parameter.name} if added is None else {parameter.name, added.name}
+
+        def linear(input: Tensor) -> Tensor:
+            if self._is_inside or id(input) in self._tracked or input.shape[0] % self.rows:
+                return (
+                    forward(input) if self._is_inside else HANDLERS[F.linear](self, F.linear, (input, weight, bias), {})
+                )
+            self.used |= names
+            output = F.linear(input, weight, bias)
+            self.perturbation.add_linear(
+                parameter,
+                input.reshape(self.probes, -1, input.shape[-1]),
+                output.view(self.probes, -1, output.shape[-1]),
+                bias=added,
+                transposed=False,
+            )
+            return output
+
+        return linear
+
+    def _handle_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output: Tensor = HANDLERS[F.linear](self, F.linear, (input, weight, bias), {})
+        return output
 
     def __torch_function__(
         self,
@@ -164,6 +250,14 @@ class PerturbedForward(TorchFunctionMode):
         if _holds_tensor(result, found.tensor):
             self.refuse(found, f"uses it in `{getattr(func, '__qualname__', None) or func}`")
         return result
+
+
+def owners_of(model: nn.Module, tensors: Sequence[Tensor]) -> tuple[nn.Module, ...]:
+    """Return the modules that hold any of these tensors themselves."""
+    wanted = {id(tensor) for tensor in tensors}
+    return tuple(
+        module for module in model.modules() if any(id(tensor) in wanted for tensor in module.parameters(recurse=False))
+    )
 
 
 def _holds_tensor(result: Any, source: Tensor) -> bool:

@@ -6,24 +6,23 @@ time is over. Knows the RunSpec and the node's data, but no clock and no network
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from peerturb.codec import encode, rounding_noise
 from peerturb.ids import RoundNumber, Slot
-from peerturb.manifest import Parameter
-from peerturb.rng import SIDE_LEFT, SIDE_RIGHT, stream_of
 from peerturb.spec import RunSpec
 from peerturb.zo import fast
 from peerturb.zo.batch import Evaluator
-from peerturb.zo.coverage import check_trial
+from peerturb.zo.coverage import check_owners
 from peerturb.zo.data import Draw
-from peerturb.zo.directions import Directions, Probes, Span, SpanTable
-from peerturb.zo.perturbation import FAMILIES, Side, Signs
+from peerturb.zo.directions import Directions, Probes
+from peerturb.zo.factors import PagedSigns, Pages
+from peerturb.zo.perturbation import FAMILIES, Signs
 
 Item = TypeVar("Item")
 
@@ -33,9 +32,9 @@ FORWARD_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 OUTPUT_BYTES_MAX = {"cpu": 2**26, "cuda": 2**30}
 """Largest output of one forward: the logits of a small model with a large vocabulary outweigh its activations."""
 
-SIGN_BYTES_MAX = {"compiled": 2**20, "cpu": 2**27, "cuda": 2**27}
-"""Up to here all factors of a micro-batch are made in one pass. Without compiled loops that is several times faster
-than one by one; with them only small models feel it, and large ones keep the memory."""
+PAGE_BYTES = {"compiled": 2**19, "cpu": 2**27, "cuda": 2**27}
+"""Signs of a micro-batch that are made in one pass, about. Without compiled loops few passes are several times faster
+than many; with them a page need only outweigh its calls, and large models keep the memory."""
 
 WINDOW = 4
 """Micro-batches over which samples are sorted by length when a contribution may be cut short."""
@@ -71,51 +70,6 @@ class ProbeResult:
     tokens: int
 
 
-class FactorTable:
-    """Where each parameter's factors lie when all of them are made at once."""
-
-    def __init__(self, manifest: Sequence[Parameter]) -> None:
-        spans, keys = [], []
-        for entry in manifest:
-            matrices, rows, columns = entry.stacked
-            sides = [(SIDE_LEFT, matrices * rows)]
-            if entry.kind != "vector":
-                sides.append((SIDE_RIGHT, matrices * columns))
-            for side, length in sides:
-                spans.append(Span(stream=stream_of(entry.index, side), start=0, stop=length))
-                keys.append((entry.index, side))
-        self.table = SpanTable(spans)
-        self.columns = dict(zip(keys, self.table.columns, strict=True))
-
-
-class FactorSigns:
-    """All factors of a micro-batch's probes, made in one pass (`Signs` for `rank1`)."""
-
-    def __init__(self, factors: FactorTable, probes: Probes, device: torch.device) -> None:
-        self._columns = factors.columns
-        self._signs = factors.table.signs(probes, device)
-
-    def left(self, parameter: Parameter) -> Tensor:
-        """See `Signs`."""
-        return self._signs[:, self._columns[parameter.index, SIDE_LEFT]]
-
-    def right(self, parameter: Parameter) -> Tensor:
-        """See `Signs`."""
-        return self._signs[:, self._columns[parameter.index, SIDE_RIGHT]]
-
-    def factors(self) -> Tensor:
-        """See `Signs`."""
-        return self._signs
-
-    def columns(self, parameter: Parameter, side: Side) -> slice:
-        """See `Signs`."""
-        return self._columns[parameter.index, SIDE_LEFT if side == "left" else SIDE_RIGHT]
-
-    def dense(self, parameter: Parameter, probe: int) -> Tensor:
-        """Only the `dense` family asks for this, and it does not use this class."""
-        raise NotImplementedError
-
-
 class ProbeEngine(Generic[Item]):
     """A model with its objective, a node's private examples and the rules of a run.
 
@@ -133,13 +87,16 @@ class ProbeEngine(Generic[Item]):
         self, evaluator: Evaluator[Item], spec: RunSpec, items: Sequence[Item], *, rows_max: int | None = None
     ) -> None:
         shared: frozenset[str] = getattr(evaluator, "shared", frozenset())
-        check_trial(evaluator.trial, evaluator.parameters, spec.perturbation.family, shared=shared)
+        owners = check_owners(
+            evaluator.trial, evaluator.parameters, spec.perturbation.family, shared=shared, owners=evaluator.owners
+        )
+        evaluator.owners = owners
         self.spec = spec
         self.evaluator = evaluator
         self.items = items
         self.rows_max = rows_max
         self._sizes = [evaluator.size(item) for item in items]
-        self._factors = FactorTable([entry for entry, _ in evaluator.parameters])
+        self._pages = lru_cache(maxsize=4)(partial(Pages, [entry for entry, _ in evaluator.parameters]))
         self._draw: tuple[Slot, Draw] | None = None
         self._draw_for(Slot(0))
 
@@ -236,12 +193,14 @@ class ProbeEngine(Generic[Item]):
         return sums / per_probe
 
     def _signs(self, probes: Probes) -> Signs:
-        """Return the signs of a micro-batch, made in one pass where they fit."""
+        """Return where a micro-batch's signs come from."""
         device = self.evaluator.device
+        if self.spec.perturbation.family != "rank1":
+            return Directions(probes, device)
         kind = "cuda" if device.type == "cuda" else "compiled" if fast.compiled() else "cpu"
-        if self.spec.perturbation.family == "rank1" and self._factors.table.width * len(probes) <= SIGN_BYTES_MAX[kind]:
-            return FactorSigns(self._factors, probes, device)
-        return Directions(probes, device)
+        # Powers of two: micro-batches of nearly equal size share a layout.
+        columns_max = PAGE_BYTES[kind] >> (len(probes) - 1).bit_length()
+        return PagedSigns(self._pages(columns_max), probes, device)
 
     def micro_batches(self, drawn: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Yield groups of samples, of similar length, such that a group's rows fit one forward."""

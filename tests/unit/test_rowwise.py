@@ -1,0 +1,191 @@
+"""Corrections of activations in machine code: right on odd shapes, rounded once, the same on any number of threads."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peerturb.errors import ModelError
+from peerturb.zo import crew, fast
+from peerturb.zo.coverage import check_owners
+from peerturb.zo.custom import CustomEvaluator, base_spec
+from peerturb.zo.perturbation import RankOne
+from tests.zo_models import RandomSigns, manifest_of, small_model
+
+rowwise = fast.rowwise()
+pytestmark = pytest.mark.skipif(rowwise is None, reason="Numba is missing, or torch has another OpenMP")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 2, 1, 1), (3, 10, 77, 45), (2, 130, 33, 64), (5, 6, 128, 31)]
+
+
+def signs_of(probes: int, count: int, seed: int) -> Tensor:
+    """Signs whose rows lie apart, as those of a page do."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (probes, count + 7), generator=generator).mul(2).sub(1).to(torch.int8)[:, 3 : count + 3]
+
+
+def sides_of(rows: int) -> Tensor:
+    sides = torch.ones(rows, 1, dtype=torch.float64)
+    sides[rows // 2 :] = -1
+    return sides
+
+
+def is_rounded_once(found: Tensor, exact: Tensor, accumulated: float) -> bool:
+    """Tell whether a result is as near to the exact one as its type allows, f32 sums being a little off."""
+    unit = torch.finfo(found.dtype).eps / 2
+    return bool(((found.double() - exact).abs() <= unit * exact.abs() * 1.001 + accumulated).all())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_linear_layer_is_corrected(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], has_bias: bool, threads: int
+) -> None:
+    probes, rows, columns, out = shape
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(probes, rows, columns, generator=generator).to(dtype)
+    y = torch.randn(probes, rows, out, generator=generator).to(dtype)
+    a, b, bias = signs_of(probes, out, 2), signs_of(probes, columns, 3), signs_of(probes, out, 4)
+    dots = (x.double() * b[:, None]).sum(2, keepdim=True)
+    exact = y.double() + sides_of(rows) * (0.25 * dots * a[:, None] + (0.5 * bias[:, None] if has_bias else 0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rowwise.add_linear(x, y, a, b, step=0.25, sides=2, bias=bias if has_bias else None, bias_step=0.5)
+    finally:
+        torch.set_num_threads(before)
+    assert is_rounded_once(y, exact, 1e-5 * columns**0.5)
+
+
+@pytest.mark.parametrize("epsilon", [None, 1e-5])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vectors_scale_and_shift(dtype: torch.dtype, shape: tuple[int, int, int, int], epsilon: float | None) -> None:
+    probes, rows, columns, _ = shape
+    x = (torch.randn(probes, rows, columns, generator=torch.Generator().manual_seed(1)) * 2 + 5).to(dtype)
+    scale, shift = (torch.linspace(low, 2, columns).to(dtype) for low in (0.5, -1))
+    up, down = signs_of(probes, columns, 2), signs_of(probes, columns, 3)
+    wide = x.double()
+    if epsilon is not None:
+        wide = nn.functional.layer_norm(wide, (columns,), eps=epsilon)
+    exact = wide * (scale.double() + sides_of(rows) * 0.125 * up[:, None])
+    exact = exact + shift.double() + sides_of(rows) * 0.25 * down[:, None]
+    found = rowwise.affine(
+        x, scale, shift, sides=2, scale_signs=up, scale_step=0.125, shift_signs=down, shift_step=0.25, epsilon=epsilon
+    )
+    assert is_rounded_once(found, exact, 1e-5)
+    bare = rowwise.affine(
+        x, None, None, sides=2, scale_signs=None, scale_step=0.0, shift_signs=None, shift_step=0.0, epsilon=epsilon
+    )
+    assert is_rounded_once(bare, wide, 1e-5)
+
+
+def test_not_a_number_stays_one() -> None:
+    x, y = torch.full((1, 2, 8), float("nan"), dtype=torch.bfloat16), torch.ones(1, 2, 8, dtype=torch.bfloat16)
+    ones = torch.ones(1, 8, dtype=torch.int8)
+    rowwise.add_linear(x, y, ones, ones, step=1.0, sides=2, bias=None, bias_step=0.0)
+    assert bool(y.isnan().all())
+    y = torch.full((1, 2, 8), 3e38, dtype=torch.bfloat16)
+    rowwise.add_linear(y.clone(), y, ones, ones, step=1.0, sides=2, bias=None, bias_step=0.0)
+    assert not bool(y.isfinite().any())
+
+
+def test_bfloat16_is_rounded_alike_without_the_instruction_for_it() -> None:
+    """In a process of its own: what a machine can do is asked when the module is imported."""
+    code = """
+import sys
+from llvmlite import binding
+features = binding.get_host_cpu_features()
+if sys.argv[1] == "without":
+    features["avx512bf16"] = False
+binding.get_host_cpu_features = lambda: features
+import torch
+from peerturb.zo import fast
+x = torch.randn(2, 6, 70, generator=torch.Generator().manual_seed(1)).bfloat16()
+y = torch.randn(2, 6, 99, generator=torch.Generator().manual_seed(2)).bfloat16()
+ones = torch.ones(2, 99, dtype=torch.int8)
+fast.rowwise().add_linear(x, y, ones, ones[:, :70], step=0.3, sides=2, bias=None, bias_step=0.0)
+print(y.view(torch.int16).long().flatten().mul(torch.arange(1, y.numel() + 1)).sum().item())
+"""
+    said = [
+        subprocess.run([sys.executable, "-c", code, way], capture_output=True, text=True, check=True).stdout
+        for way in ("with", "without")
+    ]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma3"])
+def test_torch_alone_gives_nearly_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peerturb.zo.perturbed import PerturbedForward
+
+    model = small_model(name)
+    manifest = manifest_of(model)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    signs = RandomSigns(manifest, 3)
+    ids = torch.randint(1, 30, (6, 9), generator=torch.Generator().manual_seed(1))
+
+    def logits() -> Tensor:
+        perturbation = RankOne(signs, probes=3, epsilon=0.05, dtype=torch.float32, device=torch.device("cpu"))
+        parameters = [(entry, named[entry.name]) for entry in manifest]
+        with torch.inference_mode(), PerturbedForward(parameters, perturbation, rows=6):
+            found: Tensor = model(input_ids=ids, use_cache=False).logits
+        return found
+
+    fused = logits()
+    monkeypatch.setattr(fast, "rowwise", lambda: None)
+    plain = logits()
+    assert (fused - plain).abs().max() < 2e-5
+    assert not torch.equal(fused, plain)  # or one of the two was not what it was taken for
+
+
+class Borrower(nn.Module):
+    """Uses a layer's weight outside the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.first(x), self.second.weight, self.second.bias) + self.second(x)
+
+
+def test_a_parameter_used_elsewhere_makes_all_operations_seen() -> None:
+    module = Borrower().requires_grad_(False)
+    evaluator = CustomEvaluator(
+        module,
+        base_spec(module, name="x"),
+        list(torch.randn(16, 6, generator=torch.Generator().manual_seed(0))),
+        loss=lambda out, batch: out.square().mean(1),
+    )
+    owners = [module.first, module.second]
+    assert check_owners(evaluator.trial, evaluator.parameters, "rank1", owners=owners) is None
+    alone = [entry for entry in evaluator.parameters if entry[0].name.startswith("first")]
+    assert check_owners(evaluator.trial, alone, "rank1", owners=[module.first]) == [module.first]
+    assert "forward" not in module.first.__dict__
+    with pytest.raises(ModelError):
+        check_owners(lambda numbers: torch.zeros(len(numbers), 1), evaluator.parameters, "rank1", owners=owners)
+
+
+def test_a_crew_takes_shares_once() -> None:
+    """Every share is done once, on as many threads as torch uses."""
+    numbers: list[tuple[int, int]] = []
+    body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
+        lambda _: numbers.append((crew.thread_number()(), crew.thread_count()()))
+    )
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            numbers.clear()
+            address = ctypes.cast(body, ctypes.c_void_p).value
+            assert address is not None
+            crew.run(address, b"\0" * 8)
+            assert sorted(numbers) == [(number, threads) for number in range(threads)]
+    finally:
+        torch.set_num_threads(before)
