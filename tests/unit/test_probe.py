@@ -249,7 +249,7 @@ def test_the_clean_loss_is_measured_once_and_counted(rows_max: int | None) -> No
     assert [examples for examples, is_moved in watched.forwards if not is_moved] == [2]
     assert sum(examples for examples, _ in watched.forwards) == 2 * (6 + 1)
     assert len(watched.forwards) == (2 if rows_max is None else 7)
-    tokens = sum(len(engine.items[index].tokens) for index in engine.drawn(ROUND, SLOT, 1)[0])
+    tokens = sum(len(engine.items[index].tokens) for index in engine.drawn(ROUND, SLOT, 1)[0].tolist())
     assert measured.tokens == 7 * tokens
     part = engine.measure(ROUND, slot=SLOT, should_stop=lambda: True)
     assert part.tokens == (len(part.plus) + 1) * tokens
@@ -258,7 +258,7 @@ def test_the_clean_loss_is_measured_once_and_counted(rows_max: int | None) -> No
 
 def test_two_sided_tokens_are_those_of_both_sides() -> None:
     engine = engine_of(objective={"examples_per_probe": 2})
-    tokens = sum(len(engine.items[index].tokens) for index in engine.drawn(ROUND, SLOT, 6).flatten())
+    tokens = sum(len(engine.items[index].tokens) for index in engine.drawn(ROUND, SLOT, 6).flatten().tolist())
     assert engine.measure(ROUND, slot=SLOT).tokens == 2 * tokens
 
 

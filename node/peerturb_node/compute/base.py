@@ -22,7 +22,7 @@ class Measured:
     codes: bytes
     """int8, two's complement, samples ascending; -128 is void. Empty only when cancelled."""
     loss: float
-    """Mean of the finite losses, a clean one too; NaN without any."""
+    """Mean of the finite losses: L+ and L-, one-sided L+ and the clean loss; NaN without any."""
     tokens: int = 0
     """Tokens that went through the model for it, all sides of every probe and a clean loss counted."""
 
