@@ -297,8 +297,8 @@ class RunSpec(Section):
 
     @cached_property
     def canonical(self) -> bytes:
-        """Canonical JSON: sorted keys, no white space, defaults written out; sections and lists that came with later
-        releases are left out while empty, so that runs without them keep their digest."""
+        """Canonical JSON: sorted keys, no white space, defaults written out; what came with later releases is left out
+        while empty (`perturbation.sides` while `two`), so that runs without it keep their digest."""
         document = self.model_dump(mode="json", exclude_none=True)
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
