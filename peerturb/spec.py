@@ -85,11 +85,21 @@ class PerturbationSpec(Section):
     family: Literal["rank1", "dense"] = "rank1"
     """`rank1`: a matrix's noise is an outer product of signs; `dense`: one sign per element."""
     epsilon: float = Field(default=1e-3, gt=0, le=1)
-    """Half the distance between the two evaluations of a probe."""
+    """How far a probe moves the weights along its noise."""
+    sides: Literal["two", "one"] = Field(default="two", exclude_if=lambda value: value == "two")
+    """`two`: central difference (L(θ+εz) - L(θ-εz)) / 2ε, each probe on examples of its own. `one`: forward difference
+    (L(θ+εz) - L(θ)) / ε, all probes of a contribution on the same `examples_per_probe` examples (the draw of sample 0).
+    Their clean loss L(θ) is measured once a contribution, so n probes cost n + 1 forward passes of those examples
+    instead of 2n. Left out of the canonical form while `two`, so that older runs keep their digest."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How g / s becomes an integer."""
     initial_scale: float = Field(default=0.5, gt=0, le=1e6)
     """s of round 0; later scales follow from the sealed codes."""
+
+    @property
+    def side_count(self) -> int:
+        """Perturbed evaluations of a probe: 2, or 1 beside the clean loss that all share."""
+        return 2 if self.sides == "two" else 1
 
 
 class PlateauSpec(Section):
@@ -287,8 +297,8 @@ class RunSpec(Section):
 
     @cached_property
     def canonical(self) -> bytes:
-        """Canonical JSON: sorted keys, no white space, defaults written out; sections and lists that came with later
-        releases are left out while empty, so that runs without them keep their digest."""
+        """Canonical JSON: sorted keys, no white space, defaults written out; what came with later releases is left out
+        while empty (`perturbation.sides` while `two`), so that runs without it keep their digest."""
         document = self.model_dump(mode="json", exclude_none=True)
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 

@@ -220,13 +220,18 @@ def manifest_of(model: Any, *, exclude: Sequence[str] = (), exponents: dict[str,
 
 
 def spec_of(
-    *, family: str = "rank1", objective: dict[str, Any] | None = None, probes: int = 6, epsilon: float = 1e-3
+    *,
+    family: str = "rank1",
+    objective: dict[str, Any] | None = None,
+    probes: int = 6,
+    epsilon: float = 1e-3,
+    sides: str = "two",
 ) -> RunSpec:
     """Return a RunSpec for a small model."""
     return RunSpec(
         name="test",
         model=ModelSpec(name="test", digest="0" * 64),
-        perturbation=PerturbationSpec.model_validate({"family": family, "epsilon": epsilon}),
+        perturbation=PerturbationSpec.model_validate({"family": family, "epsilon": epsilon, "sides": sides}),
         round=RoundSpec(probes_max=probes),
         objective=ObjectiveSpec.model_validate({"tokens_max": 16, **(objective or {})}),
     )

@@ -24,6 +24,7 @@ BENCHMARKS = {
     "replay": "Replaying 10 000 rounds, beside what its parts cost alone.",
     "memory": "Peak memory of probes above that of plain inference.",
     "target": "Seconds and forward passes to the loss MeZO ends with, against MeZO; AdamW as the ceiling.",
+    "sides": "Held-out loss with one-sided probes that share a clean loss, against two-sided, at equal forward passes.",
     "byte": "Rounds to the same held-out loss with one byte for each projected gradient, against f32 scalars.",
 }
 """Name (and module below `peerturb_bench`) -> what it measures, against what."""

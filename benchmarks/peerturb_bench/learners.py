@@ -14,7 +14,7 @@ from torch import Tensor
 from peerturb.zo.batch import Runner
 from peerturb.zo.model import build_manifest, trainable_weights
 from peerturb.zo.objective import TokenSequence
-from peerturb_bench.single import ByteExchange, Case, Trainer
+from peerturb_bench.single import ByteExchange, Case, Trainer, forwards
 
 
 class Learner(Protocol):
@@ -41,7 +41,7 @@ class Peerturb:
         spec = case.run_spec(seed=seed, probes_max=probes)
         self.forwards = 0
         self._trainer = Trainer(case, ByteExchange(spec), spec)
-        self._per_step = 2 * probes * spec.objective.examples_per_probe * case.objective.per_example * len(case.parts)
+        self._per_step = forwards(spec) * case.objective.per_example * len(case.parts)
 
     def step(self) -> None:
         """See `Learner`."""

@@ -61,6 +61,12 @@ class Case:
         return RunSpec.from_document({**document, "seed": seed}, source="the benchmark's run")
 
 
+def forwards(spec: RunSpec) -> int:
+    """Return the examples that go through the model in a slot's round: all sides of its probes, and a clean loss."""
+    clean = 1 if spec.perturbation.sides == "one" else 0
+    return (spec.perturbation.side_count * spec.round.probes_max + clean) * spec.objective.examples_per_probe
+
+
 def shared_folder() -> Path | None:
     """Return the folder with test models and data (`PEERTURB_SHARED`, or the checkout's neighbour), if there is one."""
     given = Path(os.environ.get("PEERTURB_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))

@@ -56,7 +56,7 @@ class Contribution:
     codes: bytes
     """int8, two's complement; -128 is void."""
     loss: float
-    """Mean of L+ and L- over the valid probes; NaN if all are void."""
+    """Mean of the finite losses: L+ and L-, one-sided L+ and the clean loss; NaN without any."""
     digest: int
     """Short digest (u32) of the weights the probes were measured on."""
 

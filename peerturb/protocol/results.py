@@ -13,7 +13,7 @@ class Measured:
     codes: bytes
     """int8 codes of samples 0..len-1; -128 is void. Empty only after a `CancelMeasure`."""
     loss: float
-    """Mean of L+ and L- over the valid probes; NaN if there is none."""
+    """Mean of the finite losses: L+ and L-, one-sided L+ and the clean loss; NaN without any."""
     elapsed_ms: float
     """Time the measurement took; with the number of codes it sets the size of the next one."""
 

@@ -54,7 +54,7 @@ class Evaluator(Protocol[Item]):
         ...
 
     def losses(self, items: Sequence[Item], perturbation: Perturbation | None = None) -> Tensor:
-        """Return losses: [examples], or [probes, 2, examples per probe] under a perturbation."""
+        """Return losses: [examples], or [probes, sides, examples per probe] under a perturbation."""
         ...
 
     def trial(self, numbers: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Runner:
         return Size(rows=self.objective.per_example, tokens=tokens, outputs=scored * self._vocabulary)
 
     def losses(self, sequences: Sequence[TokenSequence], perturbation: Perturbation | None = None) -> Tensor:
-        """Return losses: [examples], or [probes, 2, examples per probe] under a perturbation.
+        """Return losses: [examples], or [probes, sides, examples per probe] under a perturbation.
 
         Args:
             sequences: the examples; under a perturbation those of its probes, one probe after the other.
@@ -105,10 +105,9 @@ class Runner:
         rows = self.place(self.objective.rows(sequences))
         if perturbation is None:
             return self.objective.losses(self.logits(rows), rows)
-        probes = perturbation.probes
-        rows = twice(rows, probes)
+        rows = each_side(rows, perturbation)
         losses = self.objective.losses(self.logits(rows, perturbation), rows)
-        return losses.view(probes, 2, -1)
+        return losses.view(perturbation.probes, perturbation.sides, -1)
 
     def place(self, rows: Rows) -> Rows:
         """Move a batch to the model's device."""
@@ -156,12 +155,13 @@ class Runner:
         return logits.gather(1, rows.positions[:, :, None].expand(-1, -1, logits.shape[2]))
 
 
-def twice(rows: Rows, probes: int) -> Rows:
-    """Repeat each probe's rows: first measured at +epsilon, then at -epsilon."""
+def each_side(rows: Rows, perturbation: Perturbation) -> Rows:
+    """Repeat each probe's rows for each of its sides: first measured at +epsilon, then at -epsilon."""
+    probes, sides = perturbation.probes, perturbation.sides
 
     def repeat(value: Tensor) -> Tensor:
         grouped = value.view(probes, 1, len(value) // probes, *value.shape[1:])
-        return grouped.expand(-1, 2, *grouped.shape[2:]).reshape(2 * value.shape[0], *value.shape[1:])
+        return grouped.expand(-1, sides, *grouped.shape[2:]).reshape(sides * value.shape[0], *value.shape[1:])
 
     return replace(
         rows,
@@ -172,5 +172,5 @@ def twice(rows: Rows, probes: int) -> Rows:
         answers=repeat(rows.answers),
         mask=None if rows.mask is None else repeat(rows.mask),
         decoder_ids=None if rows.decoder_ids is None else repeat(rows.decoder_ids),
-        tokens=2 * rows.tokens,
+        tokens=sides * rows.tokens,
     )

@@ -98,12 +98,11 @@ Parameters = Sequence[tuple[Parameter, Tensor]]
 """What is trained: manifest entries and the model's tensors."""
 
 
-def check_coverage(model: Any, manifest: Manifest, family: str = "rank1") -> None:
+def check_coverage(model: Any, manifest: Manifest, family: str = "rank1", *, sides: int = 2) -> None:
     """Refuse a transformers model that the engine cannot perturb wholly: see `check_trial`."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    check_trial(
-        text_trial(model), [(entry, named[entry.name]) for entry in manifest], family, shared=shared_tables(model)
-    )
+    parameters = [(entry, named[entry.name]) for entry in manifest]
+    check_trial(text_trial(model), parameters, family, shared=shared_tables(model), sides=sides)
 
 
 def text_trial(model: Any) -> Trial:
@@ -130,6 +129,7 @@ def check_owners(
     family: str,
     *,
     shared: Collection[str] = (),
+    sides: int = 2,
     owners: Sequence[nn.Module] | None = None,
 ) -> Sequence[nn.Module] | None:
     """Check a model as `check_trial` does; return where its operations must be seen: in `owners`, or (None) anywhere.
@@ -138,12 +138,12 @@ def check_owners(
     """
     if owners is not None:
         try:
-            check_trial(trial, parameters, family, shared=shared, owners=owners)
+            check_trial(trial, parameters, family, shared=shared, sides=sides, owners=owners)
         except ModelError:
             pass
         else:
             return owners
-    check_trial(trial, parameters, family, shared=shared)
+    check_trial(trial, parameters, family, shared=shared, sides=sides)
     return None
 
 
@@ -154,12 +154,14 @@ def check_trial(
     family: str,
     *,
     shared: Collection[str] = (),
+    sides: int = 2,
     owners: Sequence[nn.Module] | None = None,
 ) -> None:
     """Refuse a model that the engine cannot perturb wholly.
 
     Args:
         shared, owners: see `PerturbedForward`.
+        sides: see `Perturbation`.
 
     Raises:
         ModelError: names the first parameter that is unused, used in an unknown way or perturbed wrongly.
@@ -168,7 +170,7 @@ def check_trial(
     # Twice: a tensor that the model derives once and keeps would miss the second forward.
     for _ in range(2):
         signs = TrialSigns(manifest, PROBES)
-        result, used = _perturbed(trial, parameters, signs, family, shared, owners)
+        result, used = _perturbed(trial, parameters, signs, family, shared, sides, owners)
     unused = [entry.name for entry in manifest if entry.name not in used]
     if unused:
         raise ModelError(
@@ -179,7 +181,7 @@ def check_trial(
     if not _agrees(trial, parameters, signs, result):
         if owners is not None:
             raise ModelError("a parameter is used outside the module that holds it")
-        raise _culprit(trial, parameters, family, shared)
+        raise _culprit(trial, parameters, family, shared, sides)
 
 
 def _perturbed(
@@ -188,13 +190,16 @@ def _perturbed(
     signs: TrialSigns,
     family: str,
     shared: Collection[str],
+    sides: int,
     owners: Sequence[nn.Module] | None = None,
 ) -> tuple[Tensor, set[str]]:
     first = parameters[0][1]
-    perturbation = FAMILIES[family](signs, probes=PROBES, epsilon=TRIAL_EPSILON, dtype=first.dtype, device=first.device)
-    both = torch.arange(EXAMPLES_MAX).view(PROBES, 1, EXAMPLES).expand(-1, 2, -1).flatten()
-    with PerturbedForward(parameters, perturbation, rows=len(both), shared=shared, owners=owners) as mode:
-        result = trial(both)
+    perturbation = FAMILIES[family](
+        signs, probes=PROBES, epsilon=TRIAL_EPSILON, dtype=first.dtype, device=first.device, sides=sides
+    )
+    numbers = torch.arange(EXAMPLES_MAX).view(PROBES, 1, EXAMPLES).expand(-1, sides, -1).flatten()
+    with PerturbedForward(parameters, perturbation, rows=len(numbers), shared=shared, owners=owners) as mode:
+        result = trial(numbers)
     return result.float() if result.dtype in HALVES else result, mode.used
 
 
@@ -202,13 +207,13 @@ def _agrees(trial: Trial, parameters: Parameters, signs: TrialSigns, result: Ten
     """Compare with weights replaced, relative to how far the perturbation moves the result."""
     numbers = torch.arange(EXAMPLES_MAX).view(PROBES, EXAMPLES)
     plain = torch.stack([trial(part) for part in numbers]).to(result.dtype)
-    sides = result.view(PROBES * 2, *plain.shape[1:])
+    groups = result.view(-1, *plain.shape[1:])
     difference = effect = 0.0
-    for side in range(2 * PROBES):
-        probe, step = side // 2, TRIAL_EPSILON if side % 2 == 0 else -TRIAL_EPSILON
-        with Replaced(parameters, signs, probe, step):
+    for group, found in enumerate(groups):
+        probe, side = divmod(group, len(groups) // PROBES)
+        with Replaced(parameters, signs, probe, -TRIAL_EPSILON if side else TRIAL_EPSILON):
             truth = trial(numbers[probe]).to(result.dtype)
-        difference += float((sides[side] - truth).square().sum())
+        difference += float((found - truth).square().sum())
         effect += float((truth - plain[probe]).square().sum())
     tolerance = TOLERANCE[parameters[0][1].dtype]
     # What rounding alone may do, for parameters that hardly move the result.
@@ -216,12 +221,12 @@ def _agrees(trial: Trial, parameters: Parameters, signs: TrialSigns, result: Ten
     return bool(difference <= tolerance**2 * effect + floor)
 
 
-def _culprit(trial: Trial, parameters: Parameters, family: str, shared: Collection[str]) -> ModelError:
+def _culprit(trial: Trial, parameters: Parameters, family: str, shared: Collection[str], sides: int) -> ModelError:
     """Find the first parameter whose own perturbation comes out wrong."""
     manifest = [entry for entry, _ in parameters]
     for entry in manifest:
         signs = TrialSigns(manifest, PROBES, only=entry.name)
-        result, _ = _perturbed(trial, parameters, signs, family, shared)
+        result, _ = _perturbed(trial, parameters, signs, family, shared, sides)
         if not _agrees(trial, parameters, signs, result):
             return ModelError(
                 f"the parameter {entry.name} cannot be perturbed: the model uses it in a way the engine does not "

@@ -87,8 +87,8 @@ class CustomEvaluator(Generic[Item]):
             groups = [list(items)]
         else:
             per_side = len(items) // perturbation.probes
-            # Both sides of a probe see the same examples: +epsilon first.
-            starts = [begin for begin in range(0, len(items), per_side) for _ in range(2)]
+            # All sides of a probe see the same examples: +epsilon first.
+            starts = [begin for begin in range(0, len(items), per_side) for _ in range(perturbation.sides)]
             groups = [list(items[begin : begin + per_side]) for begin in starts]
         rows = [item for group in groups for item in group]
         batch = self._batch(rows)
@@ -103,7 +103,7 @@ class CustomEvaluator(Generic[Item]):
             losses = self._group_losses(outputs, groups)
         else:
             losses = as_losses(self._loss(outputs, batch), len(rows))
-        return losses if perturbation is None else losses.view(perturbation.probes, 2, -1)
+        return losses if perturbation is None else losses.view(perturbation.probes, perturbation.sides, -1)
 
     def trial(self, numbers: Tensor) -> Tensor:
         """See `peerturb.zo.coverage.Trial`: the outputs, which show every perturbation; a loss might hide it."""

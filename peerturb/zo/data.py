@@ -188,7 +188,7 @@ class Draw:
     Args:
         total: number of sequences to draw from.
         per_probe: sequences each probe is measured on.
-        probes_max: most probes of a round; fixes where the next round goes on.
+        probes_max: most probes of a round with examples of their own; fixes where the next round goes on.
 
     Raises:
         DataError: fewer sequences than one probe needs.

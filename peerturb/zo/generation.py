@@ -1,7 +1,8 @@
 """Rewards over generated text: every row writes its own text under its own perturbed weights, and a function judges it.
 
-Greedy or sampled. Both sides of a probe draw with the same numbers, so that they differ by the weights alone; the
-numbers follow from seed, perturbation and example, so a measurement can be repeated. Knows no rounds.
+Greedy or sampled. Whatever is compared (both sides of a probe; with one side all probes and the clean weights) draws
+with the same numbers, so that it differs by the weights alone; the numbers follow from seed, perturbation and example,
+so a measurement can be repeated. Knows no rounds.
 """
 
 import hashlib
@@ -92,14 +93,14 @@ class GenerationEvaluator(Generic[Item]):
     def losses(self, items: Sequence[Item], perturbation: Perturbation | None = None) -> Tensor:
         """See `Evaluator`: minus the rewards, f64."""
         texts = self.texts(items, perturbation)
-        judged = list(items) if perturbation is None else _both_sides(items, perturbation.probes)
+        judged = list(items) if perturbation is None else _each_side(items, perturbation)
         losses = torch.tensor([-self._judge(item, text) for item, text in zip(judged, texts, strict=True)]).double()
-        return losses if perturbation is None else losses.view(perturbation.probes, 2, -1)
+        return losses if perturbation is None else losses.view(perturbation.probes, perturbation.sides, -1)
 
     @torch.inference_mode()
     def texts(self, items: Sequence[Item], perturbation: Perturbation | None = None) -> list[str]:
         """Return what the model writes after each prompt; under a perturbation probe by probe, +epsilon first."""
-        rows = list(items) if perturbation is None else _both_sides(items, perturbation.probes)
+        rows = list(items) if perturbation is None else _each_side(items, perturbation)
         prompts = [self._ids(item) for item in rows]
         manifest = [entry for entry, _ in self.parameters]
         draws = _Draws(self.writing, manifest, rows=len(rows), perturbation=perturbation)
@@ -184,7 +185,7 @@ class _Draws:
         if not self._temperature:
             return
         probes = 1 if perturbation is None else perturbation.probes
-        sides = 1 if perturbation is None else 2
+        sides = 1 if perturbation is None else perturbation.sides
         per_side = rows // (probes * sides)
         keys = np.array([_key(writing.seed, perturbation, manifest, probe) for probe in range(probes)], np.uint64)
         self._keys = np.repeat(keys, sides * per_side, axis=0)
@@ -202,9 +203,12 @@ class _Draws:
 
 
 def _key(seed: int, perturbation: Perturbation | None, manifest: Sequence[Parameter], probe: int) -> tuple[int, int]:
-    """Return a Philox key that is another for every probe of every round: its signs stand for it."""
+    """Return a Philox key that is another for every probe of every round, whose signs stand for it, or the common one
+    that the perturbation names."""
     state = hashlib.sha256(b"peerturb writing 1\0" + seed.to_bytes(8, "little"))
-    if perturbation is not None:
+    if perturbation is not None and perturbation.draw_key:
+        state.update(perturbation.draw_key)
+    elif perturbation is not None:
         signs = 0
         for parameter in manifest:
             left = perturbation.signs.left(parameter)[probe]
@@ -216,7 +220,7 @@ def _key(seed: int, perturbation: Perturbation | None, manifest: Sequence[Parame
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def _both_sides(items: Sequence[Item], probes: int) -> list[Item]:
-    """Repeat each probe's items: first measured at +epsilon, then at -epsilon."""
-    size = len(items) // probes
-    return [item for begin in range(0, len(items), size) for _ in range(2) for item in items[begin : begin + size]]
+def _each_side(items: Sequence[Item], perturbation: Perturbation) -> list[Item]:
+    """Repeat each probe's items for each of its sides: first measured at +epsilon, then at -epsilon."""
+    size, sides = len(items) // perturbation.probes, range(perturbation.sides)
+    return [item for begin in range(0, len(items), size) for _ in sides for item in items[begin : begin + size]]

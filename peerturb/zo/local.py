@@ -37,7 +37,7 @@ class LocalRound:
     codes: bytes
     """int8, slot after slot."""
     loss: float
-    """Mean over the probes, both sides; NaN if every probe is void."""
+    """Mean over the probes, all their losses; NaN if every probe is void."""
     tokens: int
 
 

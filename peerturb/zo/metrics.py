@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peerturb.errors import ObjectiveError
 from peerturb.manifest import Manifest
-from peerturb.zo.batch import Runner, twice
+from peerturb.zo.batch import Runner, each_side
 from peerturb.zo.custom import as_losses, check_whole
 from peerturb.zo.objective import Objective, TokenSequence
 from peerturb.zo.perturbation import Perturbation
@@ -60,9 +60,9 @@ class ScoredRunner(Runner):
         """See `Evaluator`; f64."""
         rows = self.place(self.objective.rows(sequences))
         if perturbation is not None:
-            rows = twice(rows, perturbation.probes)
+            rows = each_side(rows, perturbation)
         scores = self.objective.scores(self.logits(rows, perturbation), rows)
-        groups = 1 if perturbation is None else 2 * perturbation.probes
+        groups = 1 if perturbation is None else perturbation.groups
         if self._is_per_probe:
             size = len(scores) // groups
             if perturbation is not None:
@@ -74,4 +74,4 @@ class ScoredRunner(Runner):
         else:
             what = "the metric must return one number for each example"
             losses = as_losses(self._metric(scores, rows.answers), len(scores), what=what)
-        return losses if perturbation is None else losses.view(perturbation.probes, 2, -1)
+        return losses if perturbation is None else losses.view(perturbation.probes, perturbation.sides, -1)

@@ -27,7 +27,7 @@ class Tracked:
     is_transposed: bool = False
     """A matrix seen through `.t()`."""
     rows: Tensor | None = None
-    """For a derived vector: its perturbed value for every row, [probes, 2, 1, elements]."""
+    """For a derived vector: its perturbed value for every row, [probes, sides, 1, elements]."""
     table: Tensor | None = None
     """For rows of an embedding that all rows of the batch share: the perturbed ones, [rows, *shape]."""
 
@@ -69,10 +69,10 @@ class Following(Protocol):
         """Return a vector's perturbed value for every row."""
 
     def grouped(self, found: Tracked, value: Tensor, last: int) -> Tensor:
-        """View an activation as [probes, 2, rest, last]."""
+        """View an activation as [probes, sides, rest, last]."""
 
     def groups(self, found: Tracked, routing: Routing) -> Tensor:
-        """Return 2 * probe + side of each routed pair."""
+        """Return sides * probe + side of each routed pair."""
         ...
 
     def refuse(self, found: Tracked, why: str) -> NoReturn:

@@ -1,8 +1,9 @@
 """What a perturbation does to one operation's output: the two families, `rank1` and `dense`.
 
 A micro-batch holds `probes` probes; its rows lie probe by probe, in each probe first the rows measured at +epsilon,
-then the same rows at -epsilon. So every activation, whatever its shape, is a (probes, 2, rest) array, and a
-perturbation is added to it without ever forming perturbed weights. Knows nothing of models or of how signs are made.
+then, with two sides, the same rows at -epsilon. So every activation, whatever its shape, is a (probes, sides, rest)
+array, and a perturbation is added to it without ever forming perturbed weights. Knows nothing of models or of how signs
+are made.
 """
 
 from collections.abc import Callable
@@ -59,22 +60,38 @@ class Perturbation:
 
     Args:
         probes: number of probes in the micro-batch.
-        epsilon: half the distance between the two evaluations.
+        epsilon: how far the weights are moved; 0 gives the clean loss, by the same operations.
         dtype: type of the activations.
+        sides: 2 for +epsilon and -epsilon, 1 for +epsilon alone.
     """
 
-    def __init__(self, signs: Signs, *, probes: int, epsilon: float, dtype: torch.dtype, device: torch.device) -> None:
+    draw_key = b""
+    """What random draws of an evaluator (sampled text) shall follow from. Empty: from each probe's own signs."""
+
+    def __init__(
+        self,
+        signs: Signs,
+        *,
+        probes: int,
+        epsilon: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        sides: int = 2,
+    ) -> None:
         self.signs = signs
         self.probes = probes
+        self.sides = sides
+        self.groups = sides * probes
+        """Groups of rows, each with weights of its own."""
         self.dtype = dtype
         self.device = device
         self.epsilon = epsilon
         self._exact = torch.float32 if dtype in HALVES else dtype
-        self._steps = torch.tensor([epsilon, -epsilon], dtype=dtype, device=device)
+        self._steps = torch.tensor([epsilon, -epsilon][:sides], dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
 
     def steps(self, parameter: Parameter) -> Tensor:
-        """Return (+epsilon 2**k, -epsilon 2**k): shape [2]. The power of two makes this exact."""
+        """Return (+epsilon 2**k, -epsilon 2**k): shape [sides]. The power of two makes this exact."""
         return self._steps if parameter.exponent == 0 else self._steps * 2.0**parameter.exponent
 
     def step(self, parameter: Parameter) -> float:
@@ -105,7 +122,7 @@ class Perturbation:
         if any(value is not None and (value.dtype != x.dtype or not value.is_contiguous()) for value in (scale, shift)):
             return None
         y: Tensor = rowwise.affine(
-            x.view(self.probes, -1, x.shape[-1]), scale, shift, sides=len(self._steps),
+            x.view(self.probes, -1, x.shape[-1]), scale, shift, sides=self.sides,
             scale_signs=None if scaled is None else self.signs.left(scaled),
             scale_step=0.0 if scaled is None else self.step(scaled),
             shift_signs=None if shifted is None else self.signs.left(shifted),
@@ -114,7 +131,7 @@ class Perturbation:
         return y.view(x.shape)
 
     def vector(self, parameter: Parameter) -> Tensor:
-        """Return the perturbation of a vector for every row: [probes, 2, 1, elements], f32 in half-precision models."""
+        """Return the perturbation of a vector for every row: [probes, sides, 1, elements], f32 in half precision."""
         delta = self._vectors.get(parameter.index)
         if delta is None:
             signs = self.signs.left(parameter).to(device=self.device, dtype=self._exact)
@@ -128,7 +145,7 @@ class Perturbation:
         """Add x zT (x z where the model stores the matrix transposed) and a bias's perturbation to y, in place.
 
         Args:
-            x: [probes, rest, columns], rest even: first half +epsilon, second half -epsilon.
+            x: [probes, rest, columns]; with two sides the first half of rest is at +epsilon, the second at -epsilon.
             y: [probes, rest, rows], contiguous.
         """
         raise NotImplementedError
@@ -150,7 +167,7 @@ class Perturbation:
         Args:
             x: [pairs, columns].
             y: [pairs, rows].
-            groups: [pairs] int64: 2 * probe + side, side 0 for +epsilon.
+            groups: [pairs] int64: number of the group, sides * probe + side, side 0 for +epsilon.
             experts: [pairs] int64.
             transposed: the model stores its matrices as [in, out].
         """
@@ -164,8 +181,17 @@ class Perturbation:
 class RankOne(Perturbation):
     """z = a bT: a dot product with b and a multiple of a for each token, no matter how many weights the matrix has."""
 
-    def __init__(self, signs: Signs, *, probes: int, epsilon: float, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device)
+    def __init__(
+        self,
+        signs: Signs,
+        *,
+        probes: int,
+        epsilon: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        sides: int = 2,
+    ) -> None:
+        super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device, sides=sides)
         self._paged = signs if isinstance(signs, PagedFactors) else None
         self._pages: dict[int, tuple[Tensor, Tensor] | None] = {}
 
@@ -184,8 +210,8 @@ class RankOne(Perturbation):
         return None if found is None else (found[0][:, columns], found[1][:, :, columns])
 
     def _with_steps(self, factors: Tensor, steps: Tensor) -> Tensor:
-        """Return +epsilon and -epsilon times the factors: [2 * probes, 1, n]."""
-        return (factors[:, None, :] * steps[:, None]).view(2 * self.probes, 1, -1)
+        """Return +epsilon and -epsilon times the factors: [groups, 1, n]."""
+        return (factors[:, None, :] * steps[:, None]).view(self.groups, 1, -1)
 
     def _factor(self, parameter: Parameter, side: Side) -> Tensor:
         """Return one factor: [probes, n]."""
@@ -196,7 +222,7 @@ class RankOne(Perturbation):
         return signs.to(self.device, self.dtype)
 
     def _stepped_factor(self, parameter: Parameter, side: Side) -> Tensor:
-        """Return one factor times +epsilon 2**k and -epsilon 2**k: [2 * probes, 1, n]."""
+        """Return one factor times +epsilon 2**k and -epsilon 2**k: [groups, 1, n]."""
         page = self._page(parameter, side)
         if page is not None:
             return page[1]
@@ -213,12 +239,12 @@ class RankOne(Perturbation):
             return
         left, right = SIDES[:: -1 if transposed else 1]
         # b as a row times xT runs several times faster on CPUs than x times b as a column.
-        dots = torch.bmm(self._factor(parameter, right)[:, None, :], x.transpose(1, 2)).view(2 * self.probes, -1, 1)
-        row, sides = self._stepped_factor(parameter, left), y.view(2 * self.probes, -1, y.shape[2])
+        dots = torch.bmm(self._factor(parameter, right)[:, None, :], x.transpose(1, 2)).view(self.groups, -1, 1)
+        row, sides = self._stepped_factor(parameter, left), y.view(self.groups, -1, y.shape[2])
         if bias is None or y.dtype not in HALVES:
             add_outer(sides, dots, row)
             if bias is not None:
-                y.view(self.probes, 2, -1, y.shape[2]).add_(self.vector(bias))
+                y.view(self.probes, self.sides, -1, y.shape[2]).add_(self.vector(bias))
         else:  # both at once, so that they are rounded once
             row = torch.cat([row, self._stepped_factor(bias, "left")], 1)
             sides.baddbmm_(torch.cat([dots, torch.ones_like(dots)], 2), row)
@@ -227,7 +253,7 @@ class RankOne(Perturbation):
         self, rowwise: ModuleType, x: Tensor, y: Tensor, a: Tensor, b: Tensor, step: float, bias: Parameter | None
     ) -> None:
         rowwise.add_linear(
-            x, y, a, b, step=step, sides=len(self._steps),
+            x, y, a, b, step=step, sides=self.sides,
             bias=None if bias is None else self.signs.left(bias), bias_step=0.0 if bias is None else self.step(bias),
         )  # fmt: skip
 
@@ -240,8 +266,8 @@ class RankOne(Perturbation):
             ones = torch.ones((self.probes, 1), dtype=torch.int8)
             self._add_rowwise(rowwise, picked, y, self.signs.right(parameter), ones, self.step(parameter), None)
             return
-        column = picked.view(2 * self.probes, -1, 1)
-        add_outer(y.view(2 * self.probes, -1, y.shape[2]), column, self._stepped_factor(parameter, "right"))
+        column = picked.view(self.groups, -1, 1)
+        add_outer(y.view(self.groups, -1, y.shape[2]), column, self._stepped_factor(parameter, "right"))
 
     def add_experts(
         self, parameter: Parameter, x: Tensor, y: Tensor, *, groups: Tensor, experts: Tensor, transposed: bool
@@ -249,23 +275,32 @@ class RankOne(Perturbation):
         """See the base class. Each pair picks its expert's factors."""
         right: Side = "left" if transposed else "right"
         left: Side = "right" if transposed else "left"
-        probes, matrices = groups // 2, parameter.stacked[0]
+        probes, matrices = groups // self.sides, parameter.stacked[0]
         factor = self._factor(parameter, right).unflatten(1, (matrices, -1))[probes, experts]
         dots = factor.mul_(x).sum(1, keepdim=True)  # products with signs are exact
-        dots *= self.steps(parameter)[groups % 2, None]
+        dots *= self.steps(parameter)[groups % self.sides, None]
         y.addcmul_(dots, self._factor(parameter, left).unflatten(1, (matrices, -1))[probes, experts])
 
     def add_expert_rows(self, parameter: Parameter, y: Tensor, *, groups: Tensor, ids: Tensor) -> None:
         """See the base class."""
-        picked = self._factor(parameter, "left")[groups // 2, ids] * self.steps(parameter)[groups % 2]
-        y.addcmul_(picked[:, None], self._factor(parameter, "right")[groups // 2])
+        picked = self._factor(parameter, "left")[groups // self.sides, ids] * self.steps(parameter)[groups % self.sides]
+        y.addcmul_(picked[:, None], self._factor(parameter, "right")[groups // self.sides])
 
 
 class Dense(Perturbation):
     """Every element its own sign: one matrix of one probe at a time, in a scratch buffer."""
 
-    def __init__(self, signs: Signs, *, probes: int, epsilon: float, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device)
+    def __init__(
+        self,
+        signs: Signs,
+        *,
+        probes: int,
+        epsilon: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        sides: int = 2,
+    ) -> None:
+        super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device, sides=sides)
         self._scratch = torch.empty(0, dtype=dtype, device=device)
 
     def _matrix(self, parameter: Parameter, probe: int) -> Tensor:
@@ -280,27 +315,27 @@ class Dense(Perturbation):
         self, parameter: Parameter, x: Tensor, y: Tensor, *, bias: Parameter | None, transposed: bool
     ) -> None:
         """See the base class."""
-        # Scaling x, not z, keeps z exact in bfloat16 and serves both signs with one matrix.
-        scaled = (x.view(self.probes, 2, -1, x.shape[-1]) * self.steps(parameter)[:, None, None]).view(x.shape)
+        # Scaling x, not z, keeps z exact in bfloat16 and serves both sides with one matrix.
+        scaled = (x.view(self.probes, self.sides, -1, x.shape[-1]) * self.steps(parameter)[:, None, None]).view(x.shape)
         for probe in range(self.probes):
             z = self._matrix(parameter, probe)
             y[probe].addmm_(scaled[probe], z if transposed else z.t())
         if bias is not None:
-            y.view(self.probes, 2, -1, y.shape[2]).add_(self.vector(bias))
+            y.view(self.probes, self.sides, -1, y.shape[2]).add_(self.vector(bias))
 
     def add_embedding(self, parameter: Parameter, ids: Tensor, y: Tensor) -> None:
         """See the base class."""
         for probe in range(self.probes):
-            picked = self._matrix(parameter, probe)[ids[probe]].view(2, -1, y.shape[-1])
+            picked = self._matrix(parameter, probe)[ids[probe]].view(self.sides, -1, y.shape[-1])
             y[probe].view(picked.shape).add_(picked * self.steps(parameter)[:, None, None])
 
     def add_experts(
         self, parameter: Parameter, x: Tensor, y: Tensor, *, groups: Tensor, experts: Tensor, transposed: bool
     ) -> None:
         """See the base class. One product for each probe and expert that meet."""
-        scaled = x * self.steps(parameter)[groups % 2, None]
+        scaled = x * self.steps(parameter)[groups % self.sides, None]
         matrices, rows, columns = parameter.stacked
-        keys, order = torch.sort(groups // 2 * matrices + experts, stable=True)
+        keys, order = torch.sort(groups // self.sides * matrices + experts, stable=True)
         met, counts = torch.unique_consecutive(keys, return_counts=True)
         begin, last = 0, -1
         for key, count in zip(met.tolist(), counts.tolist(), strict=True):
@@ -313,9 +348,9 @@ class Dense(Perturbation):
 
     def add_expert_rows(self, parameter: Parameter, y: Tensor, *, groups: Tensor, ids: Tensor) -> None:
         """See the base class."""
-        steps = self.steps(parameter)[groups % 2, None]
+        steps = self.steps(parameter)[groups % self.sides, None]
         for probe in range(self.probes):
-            pairs = (groups // 2 == probe).nonzero().flatten()
+            pairs = (groups // self.sides == probe).nonzero().flatten()
             y[pairs] += self._matrix(parameter, probe)[ids[pairs]] * steps[pairs]
 
 

@@ -27,7 +27,7 @@ class PerturbedForward(TorchFunctionMode):
     Args:
         parameters: every trainable parameter by identity: (manifest entry, the model's tensor).
         perturbation: what to add, or None (with no parameters) to keep `positions` only.
-        rows: rows of the batch, a multiple of 2 * probes.
+        rows: rows of the batch, a multiple of sides * probes.
         head: the output embedding; where it is applied, only `positions` of each row are kept.
         positions: [rows, kept] indices of the tokens whose logits are wanted, or None for all.
         shared: names of embeddings looked up once for all rows (`peerturb.zo.coverage.shared_tables`).
@@ -51,6 +51,7 @@ class PerturbedForward(TorchFunctionMode):
             raise ValueError("parameters without a perturbation")
         self._perturbation = perturbation
         self.probes = perturbation.probes if perturbation is not None else 0
+        self.sides = perturbation.sides if perturbation is not None else 0
         self.rows = rows
         self.head = head
         self.positions = positions
@@ -207,7 +208,7 @@ class PerturbedForward(TorchFunctionMode):
         return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[-1]))
 
     def vector(self, found: Tracked) -> Tensor:
-        """Return a tracked vector's perturbed value for every row: [probes, 2, 1, elements]."""
+        """Return a tracked vector's perturbed value for every row: [probes, sides, 1, elements]."""
         if found.rows is not None:
             return found.rows
         if found.parameter.kind != "vector":
@@ -215,24 +216,24 @@ class PerturbedForward(TorchFunctionMode):
         return found.tensor.reshape(-1) + self.perturbation.vector(found.parameter)
 
     def grouped(self, found: Tracked, value: Tensor, last: int) -> Tensor:
-        """View an activation as [probes, 2, rest, last].
+        """View an activation as [probes, sides, rest, last].
 
         Raises:
             ModelError: its rows cannot be told apart.
         """
         if value.dim() == 0 or value.shape[0] == 0 or value.shape[0] % self.rows or value.shape[-1] % last:
             self.refuse(found, f"meets an activation of shape {tuple(value.shape)}, whose rows cannot be told apart")
-        return value.reshape(self.probes, 2, -1, last)
+        return value.reshape(self.probes, self.sides, -1, last)
 
     def groups(self, found: Tracked, routing: Routing) -> Tensor:
-        """Return 2 * probe + side of each routed pair: [pairs].
+        """Return sides * probe + side of each routed pair: [pairs].
 
         Raises:
             ModelError: the tokens are not those of the batch's rows.
         """
         if routing.tokens_total % self.rows:
             self.refuse(found, f"routes {routing.tokens_total} tokens, which are not those of {self.rows} rows")
-        return routing.tokens // (routing.tokens_total // (2 * self.probes))
+        return routing.tokens // (routing.tokens_total // self.perturbation.groups)
 
     def refuse(self, found: Tracked, why: str) -> NoReturn:
         """Raise the error that names the parameter and the remedy."""

@@ -1,4 +1,4 @@
-"""Measure probes: draw the round's examples, evaluate both sides of every perturbation, encode the bytes.
+"""Measure probes: draw the round's examples, evaluate the sides of every perturbation, encode the bytes.
 
 Samples are measured in micro-batches; the caller's `should_stop` is asked between them, so a contribution ends when its
 time is over. Knows the RunSpec and the node's data, but no clock and no network.
@@ -46,15 +46,15 @@ class Measurement:
 
     plus: NDArray[np.float64]
     """L(theta + epsilon z): [n]; NaN or infinite where the model broke down."""
-    minus: NDArray[np.float64]
-    """L(theta - epsilon z): [n]."""
+    reference: NDArray[np.float64]
+    """What `plus` is compared with: L(theta - epsilon z), or one-sided the clean loss L(theta) that all share: [n]."""
     tokens: int
-    """Tokens read by the model, padding not counted, both sides counted."""
+    """Tokens read by the model, padding not counted: every side, and the clean loss, counted."""
 
     @property
     def loss(self) -> float:
         """Mean of the finite losses; NaN without any."""
-        both = np.concatenate([self.plus, self.minus])
+        both = np.concatenate([self.plus, self.reference])
         finite = both[np.isfinite(both)]
         return float(finite.mean()) if finite.size else float("nan")
 
@@ -66,7 +66,7 @@ class ProbeResult:
     codes: NDArray[np.int8]
     """One byte for each sample 0..n-1."""
     loss: float
-    """Mean training loss over the contribution's examples, both sides."""
+    """Mean training loss over the contribution's examples; see `Measurement.loss`."""
     tokens: int
 
 
@@ -87,10 +87,14 @@ class ProbeEngine(Generic[Item]):
         self, evaluator: Evaluator[Item], spec: RunSpec, items: Sequence[Item], *, rows_max: int | None = None
     ) -> None:
         shared: frozenset[str] = getattr(evaluator, "shared", frozenset())
-        owners = check_owners(
-            evaluator.trial, evaluator.parameters, spec.perturbation.family, shared=shared, owners=evaluator.owners
+        evaluator.owners = check_owners(
+            evaluator.trial,
+            evaluator.parameters,
+            spec.perturbation.family,
+            shared=shared,
+            sides=spec.perturbation.side_count,
+            owners=evaluator.owners,
         )
-        evaluator.owners = owners
         self.spec = spec
         self.evaluator = evaluator
         self.items = items
@@ -124,9 +128,10 @@ class ProbeEngine(Generic[Item]):
         return ProbeResult(codes=codes, loss=measured.loss, tokens=measured.tokens)
 
     def projected_gradients(self, measured: Measurement) -> NDArray[np.float64]:
-        """Return g = (L+ - L-) / (2 epsilon): [n]; NaN where either loss is not finite."""
+        """Return g = (L+ - L-) / (2 epsilon), one-sided (L+ - L) / epsilon: [n]; not finite where a loss is not."""
+        rules = self.spec.perturbation
         with np.errstate(invalid="ignore"):
-            gradients: NDArray[np.float64] = (measured.plus - measured.minus) / (2 * self.spec.perturbation.epsilon)
+            gradients: NDArray[np.float64] = (measured.plus - measured.reference) / (rules.side_count * rules.epsilon)
         return gradients
 
     def measure(
@@ -139,25 +144,39 @@ class ProbeEngine(Generic[Item]):
     ) -> Measurement:
         """Measure samples 0..count-1, or as many of them as there is time for."""
         count = self.spec.round.probes_max if count is None else count
+        sides = self.spec.perturbation.side_count
         drawn = self.drawn(round_number, slot, count)
-        plus, minus = np.full(count, np.nan), np.full(count, np.nan)
+        losses = np.full((count, 2), np.nan)
         is_done = np.zeros(count, dtype=np.bool_)
         tokens = 0
+        if self._is_shared:
+            losses[:, 1] = self._clean(round_number, slot, drawn)
+            tokens += self._tokens(drawn[0])
         for samples in self.micro_batches(drawn):
             if is_done.any() and should_stop():
                 break
-            losses = self._losses(round_number, slot, samples, drawn)
-            plus[samples], minus[samples] = losses[:, 0], losses[:, 1]
+            losses[samples, :sides] = self._losses(round_number, slot, samples, drawn)
             is_done[samples] = True
-            tokens += 2 * sum(self._sizes[index].tokens for index in drawn[samples].flatten().tolist())
+            tokens += sides * self._tokens(drawn[samples])
         # Samples of a window are measured by length: keep the ones before the first that is missing.
         done = count if is_done.all() else int(np.argmin(is_done))
-        return Measurement(plus=plus[:done], minus=minus[:done], tokens=tokens)
+        return Measurement(plus=losses[:done, 0], reference=losses[:done, 1], tokens=tokens)
+
+    def _tokens(self, drawn: NDArray[np.int64]) -> int:
+        """Tokens of these examples, each read once."""
+        return sum(self._sizes[index].tokens for index in drawn.flatten().tolist())
+
+    def _clean(self, round_number: RoundNumber, slot: Slot, drawn: NDArray[np.int64]) -> float:
+        """Return the loss of the weights as they are, on the examples that all samples share.
+
+        Measured as sample 0 with epsilon 0: the same operations round alike, and their difference is the noise alone.
+        """
+        return float(self._forward(round_number, slot, np.zeros(1, np.int64), drawn, epsilon=0.0)[0, 0])
 
     def _losses(
         self, round_number: RoundNumber, slot: Slot, samples: NDArray[np.int64], drawn: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """Return [samples, 2] mean losses. Where memory runs out the micro-batch is halved, for good."""
+        """Return [samples, sides] mean losses. Where memory runs out the micro-batch is halved, for good."""
         try:
             return self._forward(round_number, slot, samples, drawn)
         except (torch.OutOfMemoryError, MemoryError):
@@ -172,18 +191,28 @@ class ProbeEngine(Generic[Item]):
         )
 
     def _forward(
-        self, round_number: RoundNumber, slot: Slot, samples: NDArray[np.int64], drawn: NDArray[np.int64]
+        self,
+        round_number: RoundNumber,
+        slot: Slot,
+        samples: NDArray[np.int64],
+        drawn: NDArray[np.int64],
+        *,
+        epsilon: float | None = None,
     ) -> NDArray[np.float64]:
-        evaluator = self.evaluator
+        """Return [samples, sides] mean losses, at the run's epsilon unless another is given."""
+        evaluator, rules = self.evaluator, self.spec.perturbation
         probes = Probes.of(run_key=self.spec.run_key, round=round_number, slots=slot, samples=samples)
-        perturbation = FAMILIES[self.spec.perturbation.family](
+        perturbation = FAMILIES[rules.family](
             self._signs(probes),
             probes=len(samples),
-            epsilon=self.spec.perturbation.epsilon,
+            epsilon=rules.epsilon if epsilon is None else epsilon,
             dtype=evaluator.dtype,
             device=evaluator.device,
+            sides=rules.side_count,
         )
-        sums: NDArray[np.float64] = np.zeros((len(samples), 2))
+        if self._is_shared:  # all that is compared with one clean loss draws alike
+            perturbation.draw_key = f"{self.spec.run_key} {round_number} {slot}".encode()
+        sums: NDArray[np.float64] = np.zeros((len(samples), rules.side_count))
         chosen = drawn[samples]
         per_probe = self.spec.objective.examples_per_probe
         step = max(1, self._rows_limit(chosen) * per_probe // (len(samples) * self._rows(chosen)))
@@ -223,9 +252,11 @@ class ProbeEngine(Generic[Item]):
             yield from sorted(groups, key=lambda group: int(group.min()))
 
     def _rows(self, drawn: NDArray[np.int64]) -> int:
-        """Rows of the largest of these samples, both sides."""
+        """Rows of the largest of these samples, all sides."""
         samples: list[list[int]] = drawn.tolist()
-        return 2 * max(sum(self._sizes[index].rows for index in sample) for sample in samples)
+        return self.spec.perturbation.side_count * max(
+            sum(self._sizes[index].rows for index in sample) for sample in samples
+        )
 
     def _rows_limit(self, drawn: NDArray[np.int64]) -> int:
         """Rows of examples as long as the longest of these that fit one forward."""
@@ -237,9 +268,16 @@ class ProbeEngine(Generic[Item]):
         return max(1, min(FORWARD_TOKENS[kind] // tokens, OUTPUT_BYTES_MAX[kind] // (4 * outputs)))
 
     def drawn(self, round_number: RoundNumber, slot: Slot, count: int) -> NDArray[np.int64]:
-        """Return the examples of samples 0..count-1 of a round, by number: [count, examples per probe]."""
+        """Return the examples of samples 0..count-1 of a round, by number: [count, examples per probe]; one-sided
+        those of sample 0 for all of them."""
         draw = self._draw_for(slot)
-        return np.array([draw.indices(int(round_number), sample) for sample in range(count)], np.int64)
+        drawn = [draw.indices(int(round_number), sample) for sample in range(1 if self._is_shared else count)]
+        return np.array(drawn * count if self._is_shared else drawn, np.int64)
+
+    @property
+    def _is_shared(self) -> bool:
+        """True if all samples of a contribution see the same examples: those of their one clean loss."""
+        return self.spec.perturbation.sides == "one"
 
     def _draw_for(self, slot: Slot) -> Draw:
         if self._draw is None or self._draw[0] != slot:
@@ -248,7 +286,7 @@ class ProbeEngine(Generic[Item]):
                 slot=slot,
                 total=len(self.items),
                 per_probe=self.spec.objective.examples_per_probe,
-                probes_max=self.spec.round.probes_max,
+                probes_max=1 if self._is_shared else self.spec.round.probes_max,
             )
             self._draw = (slot, draw)
         return self._draw[1]

@@ -36,11 +36,11 @@ def squares(outputs: Tensor, batch: Any) -> Tensor:
     return losses
 
 
-def spec(module: nn.Module, *, family: str = "rank1", per_probe: int = 4, **model: Any) -> RunSpec:
+def spec(module: nn.Module, *, family: str = "rank1", per_probe: int = 4, sides: str = "two", **model: Any) -> RunSpec:
     return RunSpec(
         name="unit",
         model=base_spec(module, name="mlp", **model),
-        perturbation=PerturbationSpec.model_validate({"family": family}),
+        perturbation=PerturbationSpec.model_validate({"family": family, "sides": sides}),
         step=StepSpec(learning_rate=0.02),
         round=RoundSpec(probes_max=32),
         objective=ObjectiveSpec(examples_per_probe=per_probe),
@@ -52,12 +52,13 @@ def evaluator(module: nn.Module, **changes: Any) -> CustomEvaluator[Any]:
     return CustomEvaluator(module, base_spec(module, name="mlp"), items(), **given)
 
 
+@pytest.mark.parametrize("sides", ["two", "one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["rank1", "dense"])
-def test_a_module_learns_and_replay_gives_the_same_bits(family: str, dtype: torch.dtype) -> None:
+def test_a_module_learns_and_replay_gives_the_same_bits(family: str, dtype: torch.dtype, sides: str) -> None:
     module = network().to(dtype)
     data = [(x.to(dtype), y.to(dtype)) for x, y in items()]
-    run_spec = spec(module, family=family)
+    run_spec = spec(module, family=family, sides=sides)
     custom = CustomEvaluator(module, run_spec.model, data, loss=squares)
     base = [tensor.clone() for _, tensor in custom.parameters]
     run = LocalRun(custom, run_spec, [data[:20], data[20:]])
@@ -67,13 +68,15 @@ def test_a_module_learns_and_replay_gives_the_same_bits(family: str, dtype: torc
     assert run_digest(run.manifest, [run.evaluator.parameters[0][1], *run.weights[1:]]) == run.digest()
     assert [sealed.round for sealed in rounds] == list(range(30))
     assert all(sealed.counts == (32, 32) for sealed in rounds)
+    assert {sealed.tokens for sealed in rounds} == {2 * 4 * (2 * 32 if sides == "two" else 32 + 1)}
     assert rounds[0].digest == run_spec.first_digest
     assert replay(run.rounds, base, run.manifest, run_spec) == run.digest()
 
 
-def test_losses_are_those_of_perturbed_copies() -> None:
+@pytest.mark.parametrize("sides", ["two", "one"])
+def test_losses_are_those_of_perturbed_copies(sides: str) -> None:
     module = network()
-    run_spec = spec(module, per_probe=2)
+    run_spec = spec(module, per_probe=2, sides=sides)
     custom = CustomEvaluator(module, run_spec.model, items(), loss=squares)
     engine = ProbeEngine(custom, run_spec, items())
     measured = engine.measure(0, slot=3, count=4)  # type: ignore[arg-type]
@@ -83,7 +86,8 @@ def test_losses_are_those_of_perturbed_copies() -> None:
     for number in range(4):
         probe = Probes.of(run_key=run_spec.run_key, round=0, slots=3, samples=[number])
         signs = Directions(probe, torch.device("cpu"))
-        for side, found in ((1e-3, measured.plus[number]), (-1e-3, measured.minus[number])):
+        back = -1e-3 if sides == "two" else 0.0
+        for side, found in ((1e-3, measured.plus[number]), (back, measured.reference[number])):
             copy = network()
             for entry, tensor in zip(custom.manifest, dict(sorted(copy.named_parameters())).values(), strict=True):
                 z = signs.left(entry)[0].double()
@@ -195,7 +199,8 @@ def test_mixed_types_are_refused() -> None:
         base_spec(module, name="mlp")
 
 
-def test_a_group_is_measured_whole() -> None:
+@pytest.mark.parametrize("sides", ["two", "one"])
+def test_a_group_is_measured_whole(sides: str) -> None:
     module = network()
     seen: list[int] = []
 
@@ -204,12 +209,12 @@ def test_a_group_is_measured_whole() -> None:
         seen.append(len(outputs))
         return float(squares(outputs, batch).max())
 
-    run_spec = spec(module, per_probe=6)
+    run_spec = spec(module, per_probe=6, sides=sides)
     custom = CustomEvaluator(module, run_spec.model, items(), loss=loss, per_probe=6)
     run = LocalRun(custom, run_spec, [items()])
     run.step()
     assert set(seen[1:]) == {6}
-    with pytest.raises(ObjectiveError, match=r"6 examples together was asked for 2 .*raise rows_max"):
+    with pytest.raises(ObjectiveError, match=r"6 examples together was asked for [24] .*raise rows_max"):
         LocalRun(custom, run_spec, [items()], rows_max=4).step()
 
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from peerturb.errors import ObjectiveError
+from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec
 from peerturb.zo.generation import GenerationEvaluator, Writing
 from peerturb.zo.local import LocalRun
 from peerturb.zo.perturbation import FAMILIES
+from peerturb.zo.probe import ProbeEngine
 from tests.zo_models import RandomSigns, byte_tokenizer, manifest_of, one_thread, small_model, spec_of
 
 __all__ = ["one_thread"]
@@ -25,23 +27,31 @@ def evaluator(model: Any, manifest: Manifest, **changes: Any) -> GenerationEvalu
     return GenerationEvaluator(model, byte_tokenizer(), manifest, **given)
 
 
-def perturbation(manifest: Manifest, family: str = "rank1", epsilon: float = 0.05, *, seed: int = 0) -> Any:
+def perturbation(
+    manifest: Manifest, family: str = "rank1", epsilon: float = 0.05, *, seed: int = 0, sides: int = 2
+) -> Any:
     signs = RandomSigns(manifest, 3, seed)
-    given = {"probes": 3, "epsilon": epsilon, "dtype": torch.float32, "device": torch.device("cpu")}
+    given = {"probes": 3, "epsilon": epsilon, "dtype": torch.float32, "device": torch.device("cpu"), "sides": sides}
     return signs, FAMILIES[family](signs, **given)
 
 
 @pytest.mark.parametrize("family", ["rank1", "dense"])
-@pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "qwen3", "gpt2", "opt"])
-def test_each_row_writes_what_its_own_weights_say(name: str, family: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        *((name, (0.05, -0.05)) for name in ("llama-tied", "mistral-window", "qwen3", "gpt2", "opt")),
+        ("llama-tied", (0.05,)),
+    ],
+)
+def test_each_row_writes_what_its_own_weights_say(name: str, steps: tuple[float, ...], family: str) -> None:
     model = small_model(name)
     manifest = manifest_of(model)
-    signs, noise = perturbation(manifest, family)
+    signs, noise = perturbation(manifest, family, sides=len(steps))
     texts = evaluator(model, manifest).texts(PROMPTS, noise)
-    assert len(set(texts)) > 3
+    assert len(set(texts)) >= 3
     row = 0
     for probe in range(3):
-        for side in (0.05, -0.05):
+        for side in steps:
             other = small_model(name)
             named = dict(other.named_parameters(remove_duplicate=False))
             for entry in manifest:
@@ -81,6 +91,23 @@ def test_sampling_repeats_itself_and_differs_by_seed_and_perturbation() -> None:
     assert first[0:2] == first[2:4]
     assert first[4:6] == first[6:8]
     assert first[0:2] != evaluator(model, manifest).texts(PROMPTS[:2])
+
+
+def test_one_sided_probes_and_the_clean_weights_draw_with_the_same_numbers() -> None:
+    """Sampled texts then differ by the weights alone: with next to no perturbation every reward is the clean one."""
+    model = small_model("llama-tied")
+    judge = evaluator(
+        model,
+        manifest_of(model),
+        reward=lambda prompt, text: float(sum(map(ord, text))),
+        writing=Writing(tokens_max=8, temperature=1.0),
+    )
+    spec = spec_of(sides="one", epsilon=1e-9, objective={"examples_per_probe": 2})
+    engine = ProbeEngine(judge, spec, PROMPTS[:2], rows_max=4)  # the same prompts every round
+    rounds = [engine.measure(RoundNumber(number), slot=Slot(0)) for number in range(3)]
+    assert all((measured.plus == measured.reference).all() for measured in rounds)
+    assert len({measured.reference[0] for measured in rounds}) == 3  # each round draws anew
+    assert engine.measure(RoundNumber(0), slot=Slot(1)).reference[0] != rounds[0].reference[0]
 
 
 def test_sampling_follows_the_probabilities() -> None:

@@ -11,7 +11,7 @@ from peerturb.errors import DataError, ModelError, SpecError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.spec import ObjectiveSpec, RunSpec
-from peerturb.zo.batch import Runner, twice
+from peerturb.zo.batch import Runner, each_side
 from peerturb.zo.coverage import check_coverage, check_trial, text_trial
 from peerturb.zo.data import Example
 from peerturb.zo.evaluate import answers, evaluate
@@ -63,12 +63,12 @@ def examples_of(runner: Runner) -> list[Any]:
 
 
 @torch.inference_mode()
-def written_out(runner: Runner, signs: RandomSigns, family: str, items: list[Any]) -> Tensor:
-    """Losses with really perturbed weights: [probes, 2, examples per probe]."""
+def written_out(runner: Runner, signs: RandomSigns, family: str, items: list[Any], sides: int = 2) -> Tensor:
+    """Losses with really perturbed weights: [probes, sides, examples per probe]."""
     kept = [tensor.clone() for _, tensor in runner.parameters]
-    result = torch.empty(PROBES, 2, PER_PROBE, dtype=torch.float64)
+    result = torch.empty(PROBES, sides, PER_PROBE, dtype=torch.float64)
     for probe in range(PROBES):
-        for side, step in enumerate((EPSILON, -EPSILON)):
+        for side, step in enumerate((EPSILON, -EPSILON)[:sides]):
             for (entry, tensor), plain in zip(runner.parameters, kept, strict=True):
                 tensor.copy_(plain + step * signs.noise(entry, probe, family).to(plain.dtype))
             result[probe, side] = runner.losses(items[probe * PER_PROBE : (probe + 1) * PER_PROBE])
@@ -78,18 +78,20 @@ def written_out(runner: Runner, signs: RandomSigns, family: str, items: list[Any
 
 
 @pytest.mark.parametrize("family", ["rank1", "dense"])
-@pytest.mark.parametrize(("kind", "name"), MODELS)
-def test_losses_are_those_of_written_out_weights(kind: str, name: str, family: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name", "sides"), [*((*model, 2) for model in MODELS), ("classes", "bert", 1), ("seq2seq", "t5", 1)]
+)
+def test_losses_are_those_of_written_out_weights(kind: str, name: str, sides: int, family: str) -> None:
     runner = runner_of(kind, name)
     manifest: Manifest = tuple(entry for entry, _ in runner.parameters)
     signs, items = RandomSigns(manifest, PROBES), examples_of(runner)
     assert runner.objective.rows(items).mask is not None  # of different lengths
     perturbation = FAMILIES[family](
-        signs, probes=PROBES, epsilon=EPSILON, dtype=torch.float64, device=torch.device("cpu")
+        signs, probes=PROBES, epsilon=EPSILON, dtype=torch.float64, device=torch.device("cpu"), sides=sides
     )
     losses = runner.losses(items, perturbation)
-    truth = written_out(runner, signs, family, items)
-    assert (truth[:, 0] - truth[:, 1]).abs().min() > 1e-6
+    truth = written_out(runner, signs, family, items, sides)
+    assert (truth[:, 0] - (truth[:, 1] if sides == 2 else runner.losses(items).view(PROBES, -1))).abs().min() > 1e-6
     torch.testing.assert_close(losses, truth, rtol=0, atol=1e-10 if kind == "classes" else 1e-6)  # T5 norms in f32
 
 
@@ -112,8 +114,6 @@ def test_shared_positions_are_told_from_rows_even_when_their_numbers_agree() -> 
     """With as many tokens as rows, the shape of T5's table of positions is that of a batch."""
     runner = runner_of("seq2seq", "t5", tokens_max=12)
     items = [runner.objective.encode([Example(prompt="elevenchars", completion="y", where="x")], source="x")[0]] * 6
-    rows = twice(runner.objective.rows(items), PROBES)
-    assert rows.ids.shape == (12, 12)
     assert shared_tables(runner.model) == {
         f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for side in ("encoder", "decoder")
     }
@@ -121,6 +121,7 @@ def test_shared_positions_are_told_from_rows_even_when_their_numbers_agree() -> 
     perturbation = FAMILIES["rank1"](
         signs, probes=PROBES, epsilon=EPSILON, dtype=torch.float64, device=torch.device("cpu")
     )
+    assert each_side(runner.objective.rows(items), perturbation).ids.shape == (12, 12)
     losses = runner.losses(items, perturbation)
     torch.testing.assert_close(losses, written_out(runner, signs, "rank1", items), rtol=0, atol=1e-6)
 

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -148,8 +149,10 @@ def test_a_checkpoint_restores_the_same_weights(tmp_path: Path, kind: type[StubC
     assert other.digest() != compute.digest()
 
 
-def test_the_toy_learns_and_ignores_void_codes() -> None:
-    compute = ToyCompute(SPEC)
+@pytest.mark.parametrize("sides", ["two", "one"])
+def test_the_toy_learns_and_ignores_void_codes(sides: Literal["two", "one"]) -> None:
+    rules = SPEC.perturbation.model_copy(update={"sides": sides})
+    compute = ToyCompute(SPEC.model_copy(update={"perturbation": rules}))
     before = compute.evaluate(lambda: False)
     measured = compute.measure(measure(0, 256), Slot(0), lambda: False)
     record = RoundSealed(

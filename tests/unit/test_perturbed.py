@@ -22,8 +22,9 @@ PROBES, PER_PROBE, TOKENS = 3, 2, 7
 EPSILON = 1e-2
 
 
-def perturbation_of(signs: RandomSigns, family: str, dtype: torch.dtype) -> Perturbation:
-    return FAMILIES[family](signs, probes=PROBES, epsilon=EPSILON, dtype=dtype, device=torch.device("cpu"))
+def perturbation_of(signs: RandomSigns, family: str, dtype: torch.dtype, sides: int = 2) -> Perturbation:
+    device = torch.device("cpu")
+    return FAMILIES[family](signs, probes=PROBES, epsilon=EPSILON, dtype=dtype, device=device, sides=sides)
 
 
 def pairs_of(model: Any, manifest: Manifest) -> list[Any]:
@@ -31,9 +32,9 @@ def pairs_of(model: Any, manifest: Manifest) -> list[Any]:
     return [(entry, named[entry.name]) for entry in manifest]
 
 
-def batch() -> Tensor:
+def batch(sides: int = 2) -> Tensor:
     ids = torch.randint(2, 260, (PROBES, 1, PER_PROBE, TOKENS), generator=torch.Generator().manual_seed(5))
-    return ids.expand(PROBES, 2, PER_PROBE, TOKENS).reshape(-1, TOKENS)
+    return ids.expand(PROBES, sides, PER_PROBE, TOKENS).reshape(-1, TOKENS)
 
 
 @torch.inference_mode()
@@ -46,7 +47,8 @@ def written_out(model: Any, manifest: Manifest, signs: RandomSigns, family: str,
     kept = {entry.name: named[entry.name].clone() for entry in manifest}
     parts = []
     for index, rows in enumerate(ids.split(PER_PROBE)):
-        probe, step = index // 2, EPSILON if index % 2 == 0 else -EPSILON
+        probe, side = divmod(index, len(ids) // PER_PROBE // PROBES)
+        step = -EPSILON if side else EPSILON
         for entry in manifest:
             z = signs.noise(entry, probe, family).to(kept[entry.name].dtype)
             named[entry.name].copy_(kept[entry.name] + step * 2.0**entry.exponent * z)
@@ -59,20 +61,23 @@ def written_out(model: Any, manifest: Manifest, signs: RandomSigns, family: str,
 
 
 @pytest.mark.parametrize("family", ["rank1", "dense"])
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_equals_written_out_weights(name: str, family: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [*((name, 2) for name in sorted(CONFIGS)), *((name, 1) for name in ("gpt2", "gpt-oss", "llama-tied", "qwen3-moe"))],
+)
+def test_equals_written_out_weights(name: str, sides: int, family: str) -> None:
     model = small_model(name, dtype=torch.float64)
     manifest = tuple(
         replace(entry, exponent=(0, 2, -1)[entry.index % 3])
         for entry in manifest_of(model, exclude=EXCLUDE.get(name, ()))
     )
     signs = RandomSigns(manifest, PROBES)
-    ids = batch()
+    ids = batch(sides)
     before = {key: value.clone() for key, value in model.named_parameters()}
     with (
         torch.inference_mode(),
         PerturbedForward(
-            pairs_of(model, manifest), perturbation_of(signs, family, torch.float64), rows=len(ids)
+            pairs_of(model, manifest), perturbation_of(signs, family, torch.float64, sides), rows=len(ids)
         ) as mode,
     ):
         logits = model(input_ids=ids, use_cache=False).logits
@@ -223,7 +228,8 @@ def test_known_models_pass_the_coverage_check(name: str, family: str) -> None:
     check_coverage(model, manifest_of(model, exclude=EXCLUDE.get(name, ())), family)
 
 
-def test_a_wrong_perturbation_is_noticed_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sides", [2, 1])
+def test_a_wrong_perturbation_is_noticed_and_named(sides: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is not blind: a family that forgets one matrix fails it."""
     right = FAMILIES["rank1"]
 
@@ -235,7 +241,14 @@ def test_a_wrong_perturbation_is_noticed_and_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(FAMILIES, "rank1", Forgetful)
     model = small_model("llama-tied")
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        check_coverage(model, manifest_of(model))
+        check_coverage(model, manifest_of(model), sides=sides)
+
+
+@pytest.mark.parametrize("family", ["rank1", "dense"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mixtral"])
+def test_known_models_pass_the_one_sided_coverage_check(name: str, family: str) -> None:
+    model = small_model(name)
+    check_coverage(model, manifest_of(model), family, sides=1)
 
 
 def test_bfloat16_models_pass_the_coverage_check() -> None:

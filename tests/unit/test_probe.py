@@ -1,14 +1,17 @@
 """Probes: right losses, untouched weights, repeatable, cut short in order; void codes where the model breaks down."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from peerturb.codec import VOID, encode
 from peerturb.errors import DataError
 from peerturb.ids import RoundNumber, Slot
+from peerturb.manifest import Parameter
 from peerturb.zo.batch import Runner
 from peerturb.zo.data import Example
 from peerturb.zo.directions import Directions, Probes
@@ -63,12 +66,14 @@ def losses_with_written_out_weights(engine: ProbeEngine[TokenSequence], sample: 
 
 @pytest.mark.parametrize("objective", [{}, LABELS, {"examples_per_probe": 3}])
 @pytest.mark.parametrize("family", ["rank1", "dense"])
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_losses_are_those_of_the_runs_perturbations(name: str, family: str, objective: dict[str, Any]) -> None:
-    engine = engine_of(name, dtype=torch.float64, family=family, objective=objective)
+@pytest.mark.parametrize(("name", "sides"), [("llama-tied", "two"), ("gpt2", "two"), ("llama-tied", "one")])
+def test_losses_are_those_of_the_runs_perturbations(
+    name: str, sides: str, family: str, objective: dict[str, Any]
+) -> None:
+    engine = engine_of(name, dtype=torch.float64, family=family, objective=objective, sides=sides)
     measured = engine.measure(ROUND, slot=SLOT)
     for sample in range(6):
-        for side, step in ((measured.plus, 1e-3), (measured.minus, -1e-3)):
+        for side, step in ((measured.plus, 1e-3), (measured.reference, -1e-3 if sides == "two" else 0.0)):
             # Token losses are f32 in the labels' sums: 1e-6 is a few roundings.
             assert side[sample] == pytest.approx(losses_with_written_out_weights(engine, sample, step), abs=1e-6)
 
@@ -93,36 +98,41 @@ def test_a_round_can_be_repeated_and_rounds_and_slots_differ() -> None:
     assert engine.contribute(ROUND, slot=Slot(3), scale=0.01).codes.tobytes() != first.codes.tobytes()
 
 
-def test_the_size_of_a_forward_changes_nothing() -> None:
-    whole = engine_of(dtype=torch.float64).measure(ROUND, slot=SLOT)
+@pytest.mark.parametrize("sides", ["two", "one"])
+def test_the_size_of_a_forward_changes_nothing(sides: str) -> None:
+    whole = engine_of(dtype=torch.float64, sides=sides).measure(ROUND, slot=SLOT)
     for rows_max in (1, 2, 4, 7):
-        parts = engine_of(dtype=torch.float64, rows_max=rows_max).measure(ROUND, slot=SLOT)
+        parts = engine_of(dtype=torch.float64, rows_max=rows_max, sides=sides).measure(ROUND, slot=SLOT)
         np.testing.assert_allclose(parts.plus, whole.plus, rtol=0, atol=2e-6)
-        np.testing.assert_allclose(parts.minus, whole.minus, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(parts.reference, whole.reference, rtol=0, atol=2e-6)
         assert parts.tokens == whole.tokens
 
 
-def test_a_probe_larger_than_a_forward_is_split() -> None:
-    fields: dict[str, Any] = {"dtype": torch.float64, "objective": {"examples_per_probe": 5}}
+@pytest.mark.parametrize("sides", ["two", "one"])
+def test_a_probe_larger_than_a_forward_is_split(sides: str) -> None:
+    fields: dict[str, Any] = {"dtype": torch.float64, "objective": {"examples_per_probe": 5}, "sides": sides}
     whole = engine_of(**fields).measure(ROUND, slot=SLOT)
     parts = engine_of(rows_max=4, **fields).measure(ROUND, slot=SLOT)
     np.testing.assert_allclose(parts.plus, whole.plus, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(parts.reference, whole.reference, rtol=0, atol=2e-6)
 
 
-def test_codes_are_the_encoded_projected_gradients() -> None:
-    engine = engine_of()
+@pytest.mark.parametrize(("sides", "distance"), [("two", 2e-3), ("one", 1e-3)])
+def test_codes_are_the_encoded_projected_gradients(sides: str, distance: float) -> None:
+    engine = engine_of(sides=sides)
     measured = engine.measure(ROUND, slot=SLOT)
-    gradients = (measured.plus - measured.minus) / 2e-3
+    gradients = (measured.plus - measured.reference) / distance
     scale = float(np.abs(gradients).max() / 100)
     result = engine.contribute(ROUND, slot=SLOT, scale=scale)
     assert np.array_equal(result.codes, encode(gradients, scale))
     assert result.codes.dtype == np.int8
     assert np.abs(result.codes.astype(int)).max() == 100
-    assert result.loss == pytest.approx(np.concatenate([measured.plus, measured.minus]).mean())
+    assert result.loss == pytest.approx(np.concatenate([measured.plus, measured.reference]).mean())
 
 
-def test_projected_gradients_follow_the_true_gradient() -> None:
-    engine = engine_of(dtype=torch.float64, epsilon=1e-4)
+@pytest.mark.parametrize(("name", "sides", "epsilon"), [("llama-tied", "two", 1e-4), ("gpt2", "one", 1e-6)])
+def test_projected_gradients_follow_the_true_gradient(name: str, sides: str, epsilon: float) -> None:
+    engine = engine_of(name, dtype=torch.float64, epsilon=epsilon, sides=sides)
     measured = engine.measure(ROUND, slot=SLOT)
     found = engine.projected_gradients(measured)
     drawn = engine.drawn(ROUND, SLOT, 6)
@@ -144,8 +154,9 @@ def test_projected_gradients_follow_the_true_gradient() -> None:
         assert found[sample] == pytest.approx(truth, rel=1e-3, abs=3e-3)
 
 
-def test_a_contribution_cut_short_keeps_its_first_samples() -> None:
-    whole = engine_of().measure(ROUND, slot=SLOT)
+@pytest.mark.parametrize("sides", ["two", "one"])
+def test_a_contribution_cut_short_keeps_its_first_samples(sides: str) -> None:
+    whole = engine_of(sides=sides).measure(ROUND, slot=SLOT)
     for allowed in range(1, 6):
         asked = 0
 
@@ -154,9 +165,11 @@ def test_a_contribution_cut_short_keeps_its_first_samples() -> None:
             asked += 1
             return asked >= allowed  # noqa: B023 - called before the loop goes on
 
-        part = engine_of(rows_max=2).measure(ROUND, slot=SLOT, should_stop=should_stop)
-        assert len(part.plus) == len(part.minus) <= 6
+        part = engine_of(rows_max=2, sides=sides).measure(ROUND, slot=SLOT, should_stop=should_stop)
+        assert len(part.plus) == len(part.reference) <= 6
+        assert sides == "two" or len(part.plus) == min(2 * allowed, 6)
         np.testing.assert_allclose(part.plus, whole.plus[: len(part.plus)], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(part.reference, whole.reference[: len(part.plus)], rtol=0, atol=2e-6)
 
 
 def test_at_least_one_sample_is_measured_under_a_time_budget() -> None:
@@ -166,29 +179,113 @@ def test_at_least_one_sample_is_measured_under_a_time_budget() -> None:
     assert len(engine.contribute(ROUND, slot=SLOT, scale=0.05, should_stop=lambda: True).codes) >= 1
 
 
+@pytest.mark.parametrize("sides", ["two", "one"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_model_sends_void_codes(value: float) -> None:
-    engine = engine_of()
+def test_a_broken_model_sends_void_codes(value: float, sides: str) -> None:
+    engine = engine_of(sides=sides)
     model_of(engine).model.norm.weight.data.fill_(value)
     result = engine.contribute(ROUND, slot=SLOT, scale=0.05)
     assert (result.codes == VOID).all()
     assert np.isnan(result.loss)
 
 
-def test_memory_that_runs_out_halves_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = engine_of().measure(ROUND, slot=SLOT)
-    engine = engine_of()
+@pytest.mark.parametrize("sides", ["two", "one"])
+def test_memory_that_runs_out_halves_the_forward(sides: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = engine_of(sides=sides).measure(ROUND, slot=SLOT)
+    engine = engine_of(sides=sides)
     forward = engine._forward
 
-    def small_only(round_number: Any, slot: Any, samples: Any, drawn: Any) -> Any:
+    def small_only(round_number: Any, slot: Any, samples: Any, drawn: Any, **given: Any) -> Any:
         if len(samples) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(round_number, slot, samples, drawn)
+        return forward(round_number, slot, samples, drawn, **given)
 
     monkeypatch.setattr(engine, "_forward", small_only)
     measured = engine.measure(ROUND, slot=SLOT)
     np.testing.assert_allclose(measured.plus, whole.plus, rtol=0, atol=2e-6)
     assert engine.rows_max is not None
+
+
+class Watched:
+    """Stands in an engine's evaluator's place: notes every forward and may change what it returns."""
+
+    def __init__(self, engine: ProbeEngine[TokenSequence], change: Callable[[int, Tensor], Tensor] | None = None):
+        self.forwards: list[tuple[int, bool]] = []
+        """Examples through the model, and whether the weights were moved."""
+        self._losses, self._change = engine.evaluator.losses, change
+        engine.evaluator.losses = self.losses  # type: ignore[method-assign]
+
+    def losses(self, items: Any, perturbation: Any = None) -> Tensor:
+        losses = self._losses(items, perturbation)
+        is_moved = bool(perturbation.steps(MATRIX).any())
+        self.forwards.append((losses.numel(), is_moved))
+        return losses if self._change is None else self._change(len(self.forwards) - 1, losses)
+
+
+MATRIX = Parameter(index=0, name="any", shape=(1, 1), dtype="float32")
+
+
+def test_one_sided_probes_share_the_draw_of_sample_0() -> None:
+    engine = engine_of(sides="one", objective={"examples_per_probe": 3})
+    drawn = engine.drawn(ROUND, SLOT, 6)
+    assert drawn.shape == (6, 3)
+    assert (drawn == drawn[0]).all()
+    assert np.array_equal(drawn[:1], engine.drawn(ROUND, SLOT, 1))
+    assert not np.array_equal(drawn, engine.drawn(ROUND, Slot(3), 6))
+
+
+def test_one_sided_rounds_go_through_all_the_data() -> None:
+    engine = engine_of(sides="one")
+    for epoch in range(3):
+        seen = [int(engine.drawn(RoundNumber(7 * epoch + number), SLOT, 6)[0, 0]) for number in range(7)]
+        assert sorted(seen) == list(range(7))
+
+
+@pytest.mark.parametrize("rows_max", [None, 2])
+def test_the_clean_loss_is_measured_once_and_counted(rows_max: int | None) -> None:
+    engine = engine_of(sides="one", objective={"examples_per_probe": 2}, rows_max=rows_max)
+    watched = Watched(engine)
+    measured = engine.measure(ROUND, slot=SLOT)
+    assert [examples for examples, is_moved in watched.forwards if not is_moved] == [2]
+    assert sum(examples for examples, _ in watched.forwards) == 2 * (6 + 1)
+    assert len(watched.forwards) == (2 if rows_max is None else 7)
+    tokens = sum(len(engine.items[index].tokens) for index in engine.drawn(ROUND, SLOT, 1)[0].tolist())
+    assert measured.tokens == 7 * tokens
+    part = engine.measure(ROUND, slot=SLOT, should_stop=lambda: True)
+    assert part.tokens == (len(part.plus) + 1) * tokens
+    assert len(part.plus) == (6 if rows_max is None else 1)
+
+
+def test_two_sided_tokens_are_those_of_both_sides() -> None:
+    engine = engine_of(objective={"examples_per_probe": 2})
+    tokens = sum(len(engine.items[index].tokens) for index in engine.drawn(ROUND, SLOT, 6).flatten().tolist())
+    assert engine.measure(ROUND, slot=SLOT).tokens == 2 * tokens
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_clean_loss_that_is_not_finite_makes_all_codes_void(value: float) -> None:
+    engine = engine_of(sides="one")
+    Watched(engine, lambda number, losses: losses * value if number == 0 else losses)
+    assert (engine.contribute(ROUND, slot=SLOT, scale=0.05).codes == VOID).all()
+
+
+def test_one_sided_only_the_probe_that_breaks_down_is_void() -> None:
+    engine = engine_of(sides="one", rows_max=1)
+    whole = engine.contribute(ROUND, slot=SLOT, scale=0.05).codes
+    Watched(engine, lambda number, losses: losses * float("nan") if number == 3 else losses)
+    codes = engine.contribute(ROUND, slot=SLOT, scale=0.05).codes
+    assert codes[2] == VOID
+    assert np.array_equal(np.delete(codes, 2), np.delete(whole, 2))
+
+
+@pytest.mark.parametrize("family", ["rank1", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "llama-untied-biased"])
+def test_the_clean_loss_is_rounded_as_the_others_are(name: str, dtype: torch.dtype, family: str) -> None:
+    """Weights that move by less than rounding shows have the clean loss to the last bit."""
+    engine = engine_of(name, dtype=dtype, family=family, sides="one", epsilon=1e-30, rows_max=1)
+    measured = engine.measure(ROUND, slot=SLOT)
+    assert np.array_equal(measured.plus, measured.reference)
 
 
 def test_too_few_sequences_are_an_error_at_the_start() -> None:

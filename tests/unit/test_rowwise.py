@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from peerturb.zo.custom import CustomEvaluator, base_spec
 from peerturb.zo.perturbation import RankOne
 from tests.zo_models import RandomSigns, manifest_of, small_model
 
-rowwise = fast.rowwise()
+rowwise: Any = fast.rowwise()
 pytestmark = pytest.mark.skipif(rowwise is None, reason="Numba is missing, or torch has another OpenMP")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -155,13 +156,19 @@ class Borrower(nn.Module):
         return nn.functional.linear(self.first(x), self.second.weight, self.second.bias) + self.second(x)
 
 
+def call(module: Any, batch: Tensor) -> Tensor:
+    outputs: Tensor = module(batch)
+    return outputs
+
+
 def test_a_parameter_used_elsewhere_makes_all_operations_seen() -> None:
     module = Borrower().requires_grad_(False)
     evaluator = CustomEvaluator(
         module,
         base_spec(module, name="x"),
         list(torch.randn(16, 6, generator=torch.Generator().manual_seed(0))),
-        loss=lambda out, batch: out.square().mean(1),
+        loss=lambda outputs, batch: outputs.square().mean(1),
+        forward=call,
     )
     owners = [module.first, module.second]
     assert check_owners(evaluator.trial, evaluator.parameters, "rank1", owners=owners) is None

@@ -1,5 +1,6 @@
 """A RunSpec whose objective could teach nothing is refused, with the key, the fault and the remedy."""
 
+import json
 from typing import Any
 
 import pytest
@@ -86,3 +87,26 @@ def test_a_logged_objective_is_checked_as_well() -> None:
     assert b'" good"' in canonical
     with pytest.raises(SpecError, match="the same words"):
         RunSpec.from_canonical(canonical.replace(b'" good"', b'" bad"'))
+
+
+def test_two_sided_runs_keep_the_digest_they_had_before_there_was_another_kind() -> None:
+    spec = read()
+    assert b"sides" not in spec.canonical
+    assert spec.digest.hex() == "0cadd84d7ea5c7fc8956186545b3ec1d7860f1f72c3a83be3427db1d89d59050"
+    document = json.loads(spec.canonical)
+    document["perturbation"]["sides"] = "two"
+    assert RunSpec.from_document(document, source="RUN.toml") == spec
+    with pytest.raises(SpecError, match="canonical"):
+        RunSpec.from_canonical(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+
+
+def test_one_sided_runs_are_other_runs() -> None:
+    document = {**json.loads(read().canonical), "perturbation": {"sides": "one"}}
+    spec = RunSpec.from_document(document, source="RUN.toml")
+    assert b'"sides":"one"' in spec.canonical
+    assert spec.digest != read().digest
+    assert RunSpec.from_canonical(spec.canonical) == spec
+    assert (spec.perturbation.side_count, read().perturbation.side_count) == (1, 2)
+    document["perturbation"] = {"sides": "three"}
+    with pytest.raises(SpecError, match=r"perturbation\.sides"):
+        RunSpec.from_document(document, source="RUN.toml")

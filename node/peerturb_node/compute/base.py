@@ -22,9 +22,9 @@ class Measured:
     codes: bytes
     """int8, two's complement, samples ascending; -128 is void. Empty only when cancelled."""
     loss: float
-    """Mean of L+ and L- over the valid probes; NaN if all are void."""
+    """Mean of the finite losses: L+ and L-, one-sided L+ and the clean loss; NaN without any."""
     tokens: int = 0
-    """Tokens that went through the model for it, both sides of every probe counted."""
+    """Tokens that went through the model for it, all sides of every probe and a clean loss counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

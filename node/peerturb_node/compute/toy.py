@@ -59,15 +59,15 @@ class ToyCompute:
         return hashlib.sha256(self.rounds.to_bytes(8, "little") + self._weights.tobytes()).digest()
 
     def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured:
-        """Measure both sides of every probe and encode."""
-        epsilon = np.float32(self._spec.perturbation.epsilon)
+        """Measure every probe and encode; one-sided against the loss of the weights as they are."""
+        sides, epsilon = self._spec.perturbation.side_count, np.float32(self._spec.perturbation.epsilon)
         offset = self._weights - (self._target + self._noise(f"slot {slot}", 0.1))
         moved = epsilon * self._signs(work.round, slot, work.count).astype(np.float32)
         plus = 0.5 * np.mean((offset + moved).astype(np.float64) ** 2, axis=1)
-        minus = 0.5 * np.mean((offset - moved).astype(np.float64) ** 2, axis=1)
-        units = (plus - minus) / (2.0 * float(epsilon)) / work.scale
+        reference = 0.5 * np.mean((offset - (sides - 1) * moved).astype(np.float64) ** 2, axis=1)
+        units = (plus - reference) / (sides * float(epsilon)) / work.scale
         codes = np.clip(np.rint(units), -127, 127).astype(np.int8)
-        return Measured(codes=codes.tobytes(), loss=float(np.mean((plus + minus) / 2)))
+        return Measured(codes=codes.tobytes(), loss=float(np.mean((plus + reference) / 2)))
 
     def evaluate(self, is_cancelled: Callable[[], bool]) -> HeldOut | None:
         """Return the loss against the common target."""

@@ -108,7 +108,7 @@ class Replica:
             attach_adapter(model, self.spec.model, seed=self.spec.seed)
             manifest = build_manifest(model, self.spec.model)
             evaluated = model if cast is None else Shadow(model, cast).model
-            check_coverage(evaluated, manifest, self.spec.perturbation.family)
+            check_coverage(evaluated, manifest, self.spec.perturbation.family, sides=self.spec.perturbation.side_count)
         except ModelError as error:
             remedy = "the run's operator must exclude that parameter (model.exclude)"
             return None, None, fail("engine", str(error), remedy)

@@ -36,7 +36,7 @@ class FromPeer(_message.Message):
     codes: _builtins.bytes
     """int8 codes, samples 0..n-1; non-empty exactly when the message is a contribution."""
     loss: _builtins.float
-    """Mean of L+ and L- over the valid probes."""
+    """Mean of the finite losses: L+ and L-, one-sided L+ and the clean loss."""
     digest: _builtins.int
     """First four bytes, little endian, of the run digest of the weights the probes were measured on."""
     @_builtins.property
