@@ -128,6 +128,8 @@ def panels(name: str, trials: Trials) -> list[plots.Panel]:
 
 def _train(case: Case, curve: Curve, make: Make, budget_s: float, points: int) -> Curve:
     """Train for `budget_s` seconds of steps, evaluating before, `points` times on the way, and at the end."""
+    with make() as learner:
+        learner.step()  # not timed: the first one loads compiled loops, and compiles them in a new checkout
     spent_s, next_s = 0.0, 0.0
     with make() as learner:
         while True:
