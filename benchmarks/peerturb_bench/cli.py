@@ -1,11 +1,13 @@
-"""`peerturb bench`: list the benchmarks, run one, show its rows.
+"""`peerturb bench`: list the benchmarks, run one or the suite, show rows.
 
-It knows each benchmark as a name, a line of help and a module with `run(quick: bool) -> list[Row]`.
+It turns words into calls and rows into tables; what is measured is the business of `peerturb_bench.registry`.
 """
 
 import difflib
-import importlib
+import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,71 +15,110 @@ from rich.console import Console
 from rich.table import Table
 
 from peerturb.errors import PeerturbError
+from peerturb_bench.registry import BENCHMARKS, SUITE, measure
 from peerturb_bench.rows import Row, to_json
 
-BENCHMARKS = {
-    "update": "Applying a round, against seeding a generator and drawing a normal tensor for each probe.",
-    "wire": "Bytes on the socket for each code, up and down, with all framing.",
-    "overhead": "Milliseconds a round costs when computing costs nothing: real processes, fsync included.",
-    "step": "A probe's two evaluations, against plain inference on the same tokens.",
-    "join": "A peer that joins late: time until it trains, bytes it received.",
-    "replay": "Replaying 10 000 rounds, beside what its parts cost alone.",
-    "memory": "Peak memory of probes above that of plain inference.",
-    "target": "Seconds and forward passes to the loss MeZO ends with, against MeZO; AdamW as the ceiling.",
-    "sides": "Held-out loss with one-sided probes that share a clean loss, against two-sided, at equal forward passes.",
-    "byte": "Rounds to the same held-out loss with one byte for each projected gradient, against f32 scalars.",
-}
-"""Name (and module below `peerturb_bench`) -> what it measures, against what."""
+SUITE_NAME = "suite"
+SUITE_OUT = Path("bench-out")
 
 app = typer.Typer(add_completion=False)
 
 
-class UnknownBenchmarkError(PeerturbError):
-    """There is no benchmark of that name."""
+class BenchUsageError(PeerturbError):
+    """There is no benchmark of that name, or it does not do what the flags ask for."""
 
     exit_code = 2
 
 
+class BenchFailedError(PeerturbError):
+    """Some benchmarks of the suite could not be run."""
+
+
 @app.command()
 def bench(
-    name: Annotated[str | None, typer.Argument(help="Which benchmark; without a name they are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Which benchmark, or `suite` for several; without a name they are listed.")
+    ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a list of rows {name, value, unit, reference, ratio}.")
+        bool, typer.Option("--json", help="Print a list of rows {name, value, unit, reference, ratio, ...}.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes: seconds, and rougher figures.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for plots; by default none are drawn, by `suite` in bench-out.")
+    ] = None,
 ) -> None:
-    """Measure one of the project's claims on this computer."""
+    """Measure one of the project's claims on this computer, or with `suite` several, and write file and plots."""
     if name is None:
         _list()
-        return
-    if name not in BENCHMARKS:
-        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BENCHMARKS)}"
-        raise UnknownBenchmarkError(f"there is no benchmark {name!r}; {hint}")
-    rows: list[Row] = importlib.import_module(f"peerturb_bench.{name}").run(quick)
-    if as_json:
-        sys.stdout.write(to_json(rows) + "\n")
+    elif name == SUITE_NAME:
+        _run_suite(_folder(out or SUITE_OUT), as_json=as_json, quick=quick)
+    elif name not in BENCHMARKS:
+        near = difflib.get_close_matches(name, [SUITE_NAME, *BENCHMARKS], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join([SUITE_NAME, *BENCHMARKS])}"
+        raise BenchUsageError(f"there is no benchmark {name!r}; {hint}")
+    elif out is not None and not BENCHMARKS[name].is_drawn:
+        drawn = ", ".join(key for key, benchmark in BENCHMARKS.items() if benchmark.is_drawn)
+        raise BenchUsageError(f"{name} draws nothing, so leave --out away; there are plots of {drawn}")
     else:
-        Console().print(_table(name, rows))
+        rows = measure(name, quick=quick, out=None if out is None else _folder(out))
+        if as_json:
+            sys.stdout.write(to_json(rows) + "\n")
+        else:
+            _show(name, rows)
+
+
+def _run_suite(out: Path, *, as_json: bool, quick: bool) -> None:
+    """Run all of the suite; raise at the end if something failed."""
+    from peerturb_bench import suite  # brings torch, which help and list can do without
+
+    document = suite.run(quick=quick, out=out, show=(lambda name, rows: None) if as_json else _show)
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    failed = suite.failures(document)
+    if failed:
+        raise BenchFailedError(
+            f"{len(failed)} of {len(SUITE)} benchmarks failed, the others' results are in {out / suite.FILE}:\n"
+            + "\n".join(f"  {name}: {why}" for name, why in failed.items())
+        )
+
+
+def _folder(path: Path) -> Path:
+    """Make the folder if it is missing."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchUsageError(f"--out {path}: {error.strerror}; name a folder that can be written to") from error
+    return path
 
 
 def _list() -> None:
     """Print the benchmarks' names and what each measures."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, summary in BENCHMARKS.items():
-        table.add_row(name, summary)
+    for name, benchmark in BENCHMARKS.items():
+        table.add_row(name, benchmark.summary)
+    table.add_row(SUITE_NAME, f"{', '.join(SUITE)}, one after the other; JSON and plots in a folder.")
     Console().print(table)
 
 
-def _table(name: str, rows: list[Row]) -> Table:
-    """Lay out the rows for people."""
-    table = Table(title=f"{name}: {BENCHMARKS[name]}", title_justify="left")
+def _show(name: str, rows: Sequence[Row]) -> None:
+    """Print the rows for people, their notes below."""
+    console = Console()
+    table = Table(title=f"{name}: {BENCHMARKS[name].summary}", title_justify="left")
     table.add_column("name")
     for header in ("value", "unit", "reference", "ratio"):
         table.add_column(header, justify="left" if header == "unit" else "right")
+    has_quartiles = any(row.low is not None for row in rows)
+    if has_quartiles:
+        table.add_column("quartiles", justify="right")
     for row in rows:
-        table.add_row(row.name, _figure(row.value), row.unit, _figure(row.reference), _figure(row.ratio))
-    return table
+        cells = [row.name, _figure(row.value), row.unit, _figure(row.reference), _figure(row.ratio)]
+        if has_quartiles:
+            cells.append("" if row.low is None else f"{_figure(row.low)} to {_figure(row.high)}")
+        table.add_row(*cells)
+    console.print(table)
+    for row in rows:
+        if row.note:
+            console.print(f"{row.name}: {row.note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _figure(value: float | None) -> str:

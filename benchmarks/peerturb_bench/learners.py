@@ -9,7 +9,6 @@ from typing import Protocol, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from peerturb.zo.batch import Runner
 from peerturb.zo.model import build_manifest, trainable_weights
@@ -126,12 +125,9 @@ class AdamW(_Plain):
 
     def step(self) -> None:
         """See `Learner`."""
-        rows = self.case.objective.rows(self.batch())
-        logits: Tensor = self.case.model(input_ids=rows.ids, use_cache=False).logits
-        if rows.positions is not None:
-            logits = logits.gather(1, rows.positions[:, :, None].expand(-1, -1, logits.shape[2]))
+        rows = self.runner.place(self.case.objective.rows(self.batch()))
         self._optimizer.zero_grad(set_to_none=True)
-        self.case.objective.losses(logits, rows).mean().backward()
+        self.case.objective.losses(self.runner.forward(rows), rows).mean().backward()
         self._optimizer.step()
         self.count(3)
 

@@ -1,9 +1,9 @@
 """What probes need beyond inference of the same rows: peak memory of one process, reset before each.
 
-A Llama of 60 million parameters with random weights is read by plain inference and by probes, in a process whose
-allocator gives every large block back at once, so that the kernel's high-water mark tells them apart. value: bytes
-above inference; reference: one percent of the weights plus one activation tile (the widest activation of a
-micro-batch); ratio: value / reference (at most 1).
+A Llama of 55 million parameters with random weights is read by plain inference and by probes, in a process whose
+allocator gives every large block back at once, so that the kernel's high-water mark tells them apart; on a GPU torch
+keeps that mark. value: bytes above inference; reference: one percent of the weights plus one activation tile (the
+widest activation of a micro-batch); ratio: value / reference (at most 1).
 """
 
 import json
@@ -13,11 +13,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from peerturb.errors import PeerturbError
+from peerturb.ids import RoundNumber, Slot
+from peerturb.manifest import DType
+from peerturb_bench import plots
 from peerturb_bench.rows import Row
+from peerturb_bench.shapes import LLAMA
+from peerturb_bench.step import Case, build_engine, plain_batches
 
 PROBES, TOKENS = 32, 32
-_SHAPE = {"width": 512, "layers": 12, "heads": 8, "key_value_heads": 8, "inner": 1376, "vocabulary": 16384}
 _MIB = 2**20
 
 
@@ -25,15 +31,27 @@ class NoMarkError(PeerturbError):
     """The kernel does not tell or reset a process's high-water mark."""
 
 
-def run(quick: bool = False) -> list[Row]:
-    """Measure in a process of its own, for f32 and bf16."""
-    return [_row(dtype) for dtype in (("float32",) if quick else ("float32", "bfloat16"))]
+def run(quick: bool = False, out: Path | None = None) -> list[Row]:
+    """Measure in a process of its own, for f32 and bf16, and bf16 on a CUDA device where there is one."""
+    rows = [_row("cpu", dtype) for dtype in (("float32",) if quick else ("float32", "bfloat16"))]
+    if torch.cuda.is_available():
+        rows.append(_row("cuda", "bfloat16"))
+    if out is not None:
+        draw(rows, out / "memory.png")
+    return rows
 
 
-def _row(dtype: str) -> Row:
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw the ratios."""
+    found = [plots.Bar(label=row.name, value=row.ratio, target=1.0) for row in rows if row.ratio is not None]
+    title = "Memory of probes above that of inference"
+    plots.bars(path, found, title=title, axis="times 1 % of the weights + one activation tile")
+
+
+def _row(device: str, dtype: str) -> Row:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     ended = subprocess.run(
-        [sys.executable, "-m", "peerturb_bench.memory", dtype],
+        [sys.executable, "-m", "peerturb_bench.memory", device, dtype],
         env=environment,
         capture_output=True,
         text=True,
@@ -45,7 +63,7 @@ def _row(dtype: str) -> Row:
     extra, limit = found["probe"] - found["inference"], found["weights"] / 100 + found["tile"]
     weights = found["weights"] / _MIB
     return Row(
-        name=f"cpu {dtype}, {PROBES} probes x {TOKENS} tokens, weights {weights:.0f} MiB",
+        name=f"{device} {dtype}, {PROBES} probes x {TOKENS} tokens, weights {weights:.0f} MiB",
         value=extra / _MIB,
         unit="MiB",
         reference=limit / _MIB,
@@ -53,30 +71,26 @@ def _row(dtype: str) -> Row:
     )
 
 
-def _measure(dtype: str) -> dict[str, float]:
+def _measure(device: str, dtype: DType) -> dict[str, float]:
     """Return peaks above the loaded model and the sizes of weights and widest activation, in bytes."""
-    from peerturb.ids import RoundNumber, Slot
-    from peerturb_bench.step import Case, build_engine
-
-    case = Case(name="llama-60m", dtype=dtype, probes=PROBES, tokens=TOKENS, **_SHAPE)  # type: ignore[arg-type]
-    engine = build_engine(case)
+    case = Case(shape=LLAMA, dtype=dtype, probes=PROBES, tokens=TOKENS)
+    engine = build_engine(case, device)
     slot = Slot(0)
-    drawn = engine.drawn(RoundNumber(0), slot, case.probes)
-    groups = list(engine.micro_batches(drawn))
-    batches = [[engine.items[drawn[sample, 0]] for sample in samples for _ in range(2)] for samples in groups]
+    batches = plain_batches(engine, engine.drawn(RoundNumber(0), slot, case.probes))
 
     def infer() -> None:
         for batch in batches:
             engine.evaluator.losses(batch)
 
+    peak = _peak_on_gpu if device == "cuda" else _peak
     peaks = {
-        "inference": _peak(infer),
-        "probe": _peak(lambda: engine.measure(RoundNumber(0), slot=slot)),
+        "inference": peak(infer),
+        "probe": peak(lambda: engine.measure(RoundNumber(0), slot=slot)),
     }
     itemsize = 4 if dtype == "float32" else 2
     rows = max(len(batch) for batch in batches)
     weights = sum(tensor.numel() * itemsize for _, tensor in engine.evaluator.parameters)
-    return {**peaks, "weights": weights, "tile": rows * TOKENS * _SHAPE["inner"] * itemsize}
+    return {**peaks, "weights": weights, "tile": rows * TOKENS * LLAMA.inner * itemsize}
 
 
 def _peak(work: Callable[[], object]) -> float:
@@ -89,6 +103,16 @@ def _peak(work: Callable[[], object]) -> float:
     return _status("VmHWM") - before
 
 
+def _peak_on_gpu(work: Callable[[], object]) -> float:
+    """Return the same of the tensors on the current CUDA device."""
+    work()
+    work()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return float(torch.cuda.max_memory_allocated() - before)
+
+
 def _status(field: str) -> float:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field + ":"):
@@ -97,4 +121,4 @@ def _status(field: str) -> float:
 
 
 if __name__ == "__main__":
-    json.dump(_measure(sys.argv[1]), sys.stdout)
+    json.dump(_measure(sys.argv[1], sys.argv[2]), sys.stdout)  # type: ignore[arg-type]

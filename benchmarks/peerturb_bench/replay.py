@@ -8,6 +8,7 @@ the reference is the replay.
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from peerturb.zo.plan import PIECES_PER_THREAD, Group, plan_groups
 from peerturb.zo.replay import CHECK_EVERY, replay
 from peerturb.zo.rounding import subtract
 from peerturb.zo.update import apply_update
+from peerturb_bench import plots
 from peerturb_bench.rows import Row
 from peerturb_bench.single import shared_folder
 
@@ -40,12 +42,23 @@ _PART_ROUNDS = 100
 """Rounds over which a part is timed."""
 
 
-def run(quick: bool = False) -> list[Row]:
-    """Measure and return the rows `N rounds x 64` and one for each part."""
+def run(quick: bool = False, out: Path | None = None) -> list[Row]:
+    """Measure and return the rows `N rounds x 64`, one for each part, and their sum."""
+    rows = measure(QUICK_ROUNDS if quick else ROUNDS)
+    if out is not None:
+        draw(rows, out / "replay.png")
+    return rows
+
+
+def measure(rounds: int) -> list[Row]:
+    """Replay so many rounds and time the parts.
+
+    Raises:
+        DataError: the folder of test models is missing.
+    """
     folder = shared_folder()
     if folder is None:
         raise DataError("this benchmark needs the folder of test models: PEERTURB_SHARED names it")
-    rounds = QUICK_ROUNDS if quick else ROUNDS
     model, _ = load_model(folder / "models" / "stories3m", "float32")
     spec = RunSpec(name="replay", model=ModelSpec(name="stories3m", digest=base_digest(model, "float32")))
     manifest = build_manifest(model, spec.model)
@@ -67,6 +80,12 @@ def run(quick: bool = False) -> list[Row]:
         rows.append(Row(name=f"  {part}", value=part_s, unit="s", reference=seconds, ratio=part_s / seconds))
     rows.append(Row(name="  sum of the parts", value=floor_s, unit="s", reference=seconds, ratio=floor_s / seconds))
     return rows
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw the replay beside its parts, end to end."""
+    whole, *parts, _ = [plots.Bar(label=row.name.strip(), value=row.value or 0.0, target=row.reference) for row in rows]
+    plots.parts(path, whole, parts, title="Replay of a log, beside what its parts cost alone", axis="seconds")
 
 
 def _log(spec: RunSpec, manifest: Manifest, weights: Sequence[Tensor], rounds: int) -> list[RoundSealed]:

@@ -127,6 +127,10 @@ class Runner:
     @torch.inference_mode()
     def logits(self, rows: Rows, perturbation: Perturbation | None = None) -> Tensor:
         """Return the logits that predict the targets, [rows, scored, vocabulary], or those of [rows, classes]."""
+        return self.forward(rows, perturbation)
+
+    def forward(self, rows: Rows, perturbation: Perturbation | None = None) -> Tensor:
+        """Return what `logits` returns, with gradients where the caller has them switched on."""
         if perturbation is None and rows.positions is None:
             context: Any = nullcontext()
         elif perturbation is None:

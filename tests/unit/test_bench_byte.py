@@ -18,7 +18,7 @@ from peerturb.zo.directions import left_signs, right_signs
 from peerturb.zo.update import apply_update
 from peerturb_bench import byte
 from peerturb_bench.byte import Arm, Plan, Runs, interval, rounds_to, rows, smoothed
-from peerturb_bench.cli import BENCHMARKS
+from peerturb_bench.registry import BENCHMARKS
 from peerturb_bench.rows import Row
 from peerturb_bench.single import ByteExchange, Case, FloatExchange, Round, Trainer, apply_floats, demo_case
 
@@ -247,8 +247,8 @@ def test_a_slower_arm_is_seen_for_what_it_is() -> None:
     table = _table(_runs(byte=1.05), _runs(byte=1.15, settled=1.02))
     assert table["rounds to target"].value == pytest.approx(1.10)
     assert table["seed 1"].ratio == pytest.approx(1.15)
-    assert table["rounds to target, 95 % high"].value > 1.15
-    assert table["byte's last loss above f32's"].value > 0
+    assert (table["rounds to target, 95 % high"].value or 0) > 1.15
+    assert (table["byte's last loss above f32's"].value or 0) > 0
     assert table["settled scale, mean"].value == pytest.approx(math.sqrt(1.02))
 
 
