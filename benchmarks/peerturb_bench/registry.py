@@ -37,7 +37,7 @@ BENCHMARKS = {
         is_drawn=True,
     ),
     "sides": Benchmark(
-        summary="Held-out loss with one-sided probes that share a clean loss, against two-sided, at equal forward passes."
+        summary="Held-out loss with one-sided probes and one clean loss, against two-sided, at equal forward passes."
     ),
     "byte": Benchmark(
         summary="Rounds to the same held-out loss with one byte for each projected gradient, against f32 scalars."
