@@ -29,6 +29,10 @@ Item = TypeVar("Item")
 FORWARD_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Tokens in one forward by device type: enough to feed the cores, few enough for activations to stay in cache."""
 
+CUT_TOKENS = {"cpu": 256, "cuda": 4_096}
+"""What a forward costs however little it computes, in tokens: samples are cut into more micro-batches, of more alike
+lengths, as long as the padding this saves is more."""
+
 OUTPUT_BYTES_MAX = {"cpu": 2**26, "cuda": 2**30}
 """Largest output of one forward: the logits of a small model with a large vocabulary outweigh its activations."""
 
@@ -240,16 +244,31 @@ class ProbeEngine(Generic[Item]):
         window = len(drawn) if self.spec.round.budget_ms == 0 else WINDOW * typical
         for begin in range(0, len(drawn), window):
             order = begin + np.argsort(-lengths[begin : begin + window], kind="stable")
-            groups: list[NDArray[np.int64]] = []
-            while order.size:
-                first = drawn[order[:1]]
-                size = max(1, self._rows_limit(first) // self._rows(first))
-                pieces = -(-order.size // size)
-                size = -(-order.size // pieces)  # the last group as large as the others
-                groups.append(order[:size])
-                order = order[size:]
+            groups = [order[first:stop] for first, stop in self._cuts(drawn[order], lengths[order])]
             # Only what reaches from sample 0 on without a gap counts: the group with the lowest sample comes first.
             yield from sorted(groups, key=lambda group: int(group.min()))
+
+    def _cuts(self, drawn: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Return where to cut samples that are sorted by falling length, such that the least is computed in all.
+
+        A group computes its rows at the length of its first sample; each group costs `CUT_TOKENS` besides. Solved from
+        the end: the best cuts of a tail follow from those of the tails behind it.
+        """
+        count = len(lengths)
+        cut_tokens = CUT_TOKENS["cuda" if self.evaluator.device.type == "cuda" else "cpu"]
+        costs, sizes = np.zeros(count + 1), np.ones(count, np.int64)
+        rows = self._rows(drawn)
+        for first in range(count - 1, -1, -1):
+            most = max(1, self._rows_limit(drawn[first : first + 1]) // rows)
+            ends = np.arange(1, min(most, count - first) + 1)
+            tried = cut_tokens + rows * ends * lengths[first] + costs[first + ends]
+            best = int(tried.argmin())
+            sizes[first], costs[first] = best + 1, tried[best]
+        cuts, first = [], 0
+        while first < count:
+            cuts.append((first, first + int(sizes[first])))
+            first = cuts[-1][1]
+        return cuts
 
     def _rows(self, drawn: NDArray[np.int64]) -> int:
         """Rows of the largest of these samples, all sides."""

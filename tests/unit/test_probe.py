@@ -1,6 +1,7 @@
 """Probes: right losses, untouched weights, repeatable, cut short in order; void codes where the model breaks down."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from peerturb.zo.batch import Runner
 from peerturb.zo.data import Example
 from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.objective import Objective, TokenSequence
-from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.probe import CUT_TOKENS, ProbeEngine
 from tests.zo_models import byte_tokenizer, manifest_of, one_thread, small_model, spec_of
 
 __all__ = ["one_thread"]
@@ -291,3 +292,27 @@ def test_the_clean_loss_is_rounded_as_the_others_are(name: str, dtype: torch.dty
 def test_too_few_sequences_are_an_error_at_the_start() -> None:
     with pytest.raises(DataError, match="7 sequences, a probe needs 8"):
         engine_of(objective={"examples_per_probe": 8})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_are_cut_into_the_cheapest_micro_batches(seed: int) -> None:
+    """Against all 64 ways to cut seven samples."""
+    engine = engine_of(rows_max=8)
+    generator = np.random.default_rng(seed)
+    lengths = np.sort(generator.integers(1, 2_000, 7))[::-1]
+    drawn = generator.integers(0, len(TEXTS), (7, 1))
+
+    def cost(cuts: list[tuple[int, int]]) -> int:
+        return sum(CUT_TOKENS["cpu"] + 2 * (stop - first) * int(lengths[first]) for first, stop in cuts)
+
+    every = []
+    for bits in range(64):
+        edges = [0, *(place + 1 for place in range(6) if bits >> place & 1), 7]
+        cuts = list(pairwise(edges))
+        if all(stop - first <= 4 for first, stop in cuts):  # eight rows are four samples of two sides
+            every.append(cost(cuts))
+    found = engine._cuts(drawn, lengths)
+    assert [first for first, _ in found[1:]] == [stop for _, stop in found[:-1]]
+    assert (found[0][0], found[-1][1]) == (0, 7)
+    assert cost(found) == min(every)
+    assert all(stop - first <= 4 for first, stop in found)
