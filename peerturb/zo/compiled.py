@@ -197,17 +197,22 @@ def subtract_bfloat16(
         _permute(lanes, run_key, words)
         origin = block * _NOISE_ELEMENTS
         low, high = max(first, origin), min(stop, origin + LANES * _NOISE_ELEMENTS)
-        at, skip = low - first, low - origin
+        # Parts of their own: an index that might be negative keeps a loop from being vectorised.
+        part, sums, drawn = (
+            weights[low - first : high - first],
+            total[low - first : high - first],
+            noise[low - origin :],
+        )
         for i in range(high - low):
-            bits[i] = np.uint32(weights[at + i]) << _HALF_WORD
+            bits[i] = np.uint32(part[i]) << _HALF_WORD
         for i in range(high - low):
-            step = np.float32(np.float32(total[at + i]) * scale)
+            step = np.float32(np.float32(sums[i]) * scale)
             values[i] = np.float32(values[i] - step)
         for i in range(high - low):
             pattern = bits[i]
             # Noise would turn an infinity into NaN.
-            added = np.uint32(0) if (pattern & _EXPONENT) == _EXPONENT else np.uint32(noise[skip + i])
-            weights[at + i] = np.uint16(np.uint32(pattern + added) >> _HALF_WORD)
+            added = np.uint32(0) if (pattern & _EXPONENT) == _EXPONENT else np.uint32(drawn[i])
+            part[i] = np.uint16(np.uint32(pattern + added) >> _HALF_WORD)
 
 
 @_compiled("void(int32[::1], int64, uint64[::1], uint64[::1], int8[::1], uint32, uint32, uint32)")

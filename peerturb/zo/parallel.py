@@ -18,20 +18,31 @@ Item = TypeVar("Item")
 _thread = threading.local()
 
 
-def in_parallel(work: Callable[[Item], None], items: Sequence[Item], *, on: str = "cpu") -> None:
+def in_parallel(
+    work: Callable[[Item], None], items: Sequence[Item], *, on: str = "cpu", is_shared: bool = True
+) -> None:
     """Do `work` on every item, in any order; the items must not touch the same data.
 
     `on` is the type of the device that works: any but a CPU takes pieces one by one as it is, and several of ours would
     only hold their scratch memory at the same time. Called from inside a piece of work it goes item after item: waiting
-    there for other threads could be for ever.
+    there for other threads could be for ever. Not `is_shared`, one thread does all: pieces of much Python and little
+    else make threads wait for the interpreter's lock, and torch's own threads cost more than they bring.
     """
     threads = torch.get_num_threads() if on == "cpu" else 1
     if min(threads, len(items)) <= 1 or getattr(_thread, "is_ours", False):
         for item in items:
             work(item)
         return
+    if not is_shared:
+        _pool(threads).submit(_each, work, items).result()
+        return
     for _ in _pool(threads).map(work, items):  # taking the results raises what a piece raised
         pass
+
+
+def _each(work: Callable[[Item], None], items: Sequence[Item]) -> None:
+    for item in items:
+        work(item)
 
 
 @lru_cache(maxsize=1)

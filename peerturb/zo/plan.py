@@ -18,8 +18,8 @@ SIGN_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28, "fused": 1 << 26}
 """Signs of a group, the unit of parallel work: on a CPU what stays in a core's share of the last-level cache until it
 is multiplied, and small enough that all cores find work in a small model. `fused`: CUDA kernels keep sums in registers,
 so signs are all the memory an update takes."""
-TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "fused": 1 << 40}
-"""Elements of one integer sum: on a CPU what stays in the second-level cache until it is subtracted. `fused`: whole
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24, "fused": 1 << 40}
+"""Elements of one integer sum: on a CPU enough for a fast product, and little beside a model. `fused`: whole
 matrices, as far as their signs fit a group; a launch each."""
 PIECES_PER_THREAD = 4
 """Groups for each thread of a CPU: with fewer, threads wait for the last one."""

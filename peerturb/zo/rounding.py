@@ -3,6 +3,8 @@
 It knows one stretch of one tensor; where the sum came from is not its business.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -79,6 +81,7 @@ def difference(total: Tensor, scale: float) -> Tensor:
     return total.to(torch.float64).mul_(scale).to(torch.float32)
 
 
+@lru_cache(maxsize=256)
 def is_float32(value: float) -> bool:
     """Tell whether f32 holds the value exactly."""
     with np.errstate(over="ignore"):

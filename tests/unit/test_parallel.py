@@ -59,3 +59,19 @@ def test_another_device_takes_the_pieces_one_by_one() -> None:
     seen: list[str] = []
     in_parallel(lambda item: seen.append(threading.current_thread().name), range(8), on="cuda")
     assert seen == [threading.current_thread().name] * 8
+
+
+def test_pieces_that_are_not_shared_run_in_order_on_one_thread() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def work(item: int) -> None:
+        seen.append((item, threading.get_ident()))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        in_parallel(work, range(20), is_shared=False)
+    finally:
+        torch.set_num_threads(before)
+    assert [item for item, _ in seen] == list(range(20))
+    assert len({thread for _, thread in seen}) == 1
