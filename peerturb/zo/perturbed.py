@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from peerturb.errors import ModelError
 from peerturb.manifest import Parameter
 from peerturb.zo.experts import Routing
-from peerturb.zo.operations import HANDLERS, Tracked
+from peerturb.zo.following import Tracked
+from peerturb.zo.operations import HANDLERS
 from peerturb.zo.perturbation import Perturbation
 
 
