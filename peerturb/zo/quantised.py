@@ -54,8 +54,12 @@ def quantise_base(model: Any, kind: Quantise | None) -> None:
         return
     library = None if kind == "int8" else _library()
     head = output_head(model)
+    # Layers whose input a model converts to the type of their weights (T5's `wo`): packed bytes are not such a type.
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     count = 0
     for name, layer in list(model.named_modules()):
+        if kept & set(name.split(".")) and kind != "int8":
+            continue
         if type(layer) is not nn.Linear or name in head or (kind != "int8" and layer.in_features % BLOCK):
             continue
         try:
@@ -70,8 +74,9 @@ def quantise_base(model: Any, kind: Quantise | None) -> None:
         count += 1
     if not count:
         raise ModelError(
-            f'model.quantise = "{kind}" finds no linear layer to quantise'
-            + ("" if kind == "int8" else f"; their rows must be a multiple of {BLOCK} long")
+            f'model.quantise = "{kind}" finds no layer of torch.nn.Linear to quantise'
+            + ("" if kind == "int8" else f" whose rows are a multiple of {BLOCK} long")
+            + "; leave it out"
         )
     model.eval().requires_grad_(False)
 

@@ -228,8 +228,11 @@ def test_known_models_pass_the_coverage_check(name: str, family: str) -> None:
     check_coverage(model, manifest_of(model, exclude=EXCLUDE.get(name, ())), family)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sides", [2, 1])
-def test_a_wrong_perturbation_is_noticed_and_named(sides: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_perturbation_is_noticed_and_named(
+    sides: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The check is not blind: a family that forgets one matrix fails it."""
     right = FAMILIES["rank1"]
 
@@ -240,8 +243,10 @@ def test_a_wrong_perturbation_is_noticed_and_named(sides: int, monkeypatch: pyte
 
     monkeypatch.setitem(FAMILIES, "rank1", Forgetful)
     model = small_model("llama-tied")
+    manifest = manifest_of(model)
+    model = model.to(dtype)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        check_coverage(model, manifest_of(model), sides=sides)
+        check_coverage(model, manifest, sides=sides)
 
 
 @pytest.mark.parametrize("family", ["rank1", "dense"])
