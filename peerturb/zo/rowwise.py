@@ -71,6 +71,7 @@ def _linear_of(kind: str) -> Callable[[Any], None]:
                     add_shifted(y + at * out * size, a_row, d, c_row, np.float32(sign * c_step), out)
                 else:
                     add(y + at * out * size, a_row, d, c_row, d, out)
+        scratch[0] = 0  # its addresses alone would not keep it until here
 
     return linear
 
@@ -105,6 +106,7 @@ def _affine_rows_of(kind: str) -> Callable[[Any], None]:
                     r = np.float32(1 / np.sqrt(variance + epsilon))
                     m = -mean * r
                 affine(y + at, x + at, r, m, a_row, c_row, columns)
+        scratch[0] = 0  # its addresses alone would not keep it until here
 
     return affine_rows
 

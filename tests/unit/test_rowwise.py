@@ -1,6 +1,7 @@
 """Corrections of activations in machine code: right on odd shapes, rounded once, the same on any number of threads."""
 
 import ctypes
+import os
 import subprocess
 import sys
 from typing import Any
@@ -119,6 +120,26 @@ print(y.view(torch.int16).long().flatten().mul(torch.arange(1, y.numel() + 1)).s
         for way in ("with", "without")
     ]
     assert said[0] == said[1]
+
+
+def test_scratch_memory_lasts_as_long_as_it_is_used() -> None:
+    """In a process whose allocator unmaps what is freed: a late use would end it."""
+    code = """
+import torch
+from peerturb.zo import fast
+rowwise, ones = fast.rowwise(), torch.ones(4, 40_000, dtype=torch.int8)
+x, y = torch.ones(4, 6, 40_000), torch.ones(4, 6, 30_000)
+rowwise.add_linear(x, y, ones[:, :30_000], ones, step=1e-4, sides=2, bias=None, bias_step=0.0)
+assert torch.allclose(y[:, 0], torch.full_like(y[:, 0], 5.0)), y
+scale = torch.full((40_000,), 2.0)
+z = rowwise.affine(x, scale, scale, sides=2, scale_signs=ones, scale_step=1.0, shift_signs=None, shift_step=0.0)
+assert torch.equal(z[:, 0], torch.full_like(z[:, 0], 5.0)) and torch.equal(z[:, 5], torch.full_like(z[:, 5], 3.0))
+"""
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096"},
+    )
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma3"])
