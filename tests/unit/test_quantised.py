@@ -186,7 +186,7 @@ def test_an_encoder_decoder_computes_what_it_did(kind: Any) -> None:
     """T5 converts activations to the type of `wo`'s weights; packed bytes would make whole numbers of them."""
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     model: Any = prepare(T5ForConditionalGeneration(config), "float32")
