@@ -138,6 +138,7 @@ async def test_a_full_disk_stops_sealing_and_loses_nothing(tmp_path: Path) -> No
             psutil.Process(process.process.pid).rlimit(psutil.RLIMIT_FSIZE, free)
             await eventually(lambda: is_past(stuck_at + 5))
             assert not (await stub.Status(pb.StatusRequest())).fault
+            peer.call.cancel()  # gRPC may swallow the cancellation of a task that waits for it; the call's end it tells
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
             announced = peer.payloads
