@@ -1,8 +1,8 @@
 """Run machine code on the threads that torch itself uses on a CPU.
 
 Threads of our own would wait for a core while torch's spin between two operations, so inside a forward they cost more
-than they bring. torch's come from the OpenMP library it was linked with, and that library takes anybody's work. Where
-it cannot be found the body runs on the caller's thread. Knows nothing of the work.
+than they bring. torch's come from the OpenMP library it was linked with, and that library takes anybody's work. Knows
+nothing of the work.
 """
 
 import ctypes

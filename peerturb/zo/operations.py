@@ -67,6 +67,9 @@ def _correct(
     """Add the rows' perturbations to y = x W (+ bias); `is_transposed`: the operation takes W as [in, out]."""
     if bias is not None and (bias.rows is not None or bias.parameter.kind != "vector"):
         mode.refuse(bias, "adds a tensor computed from it")
+    found = weight or bias
+    if found is not None and y.dtype != x.dtype:
+        mode.refuse(found, f"takes {x.dtype} and gives {y.dtype} there, as under autocast; leave out autocast")
     y = y if y.is_contiguous() else y.contiguous()
     rows = y.shape[-1]
     if weight is None:

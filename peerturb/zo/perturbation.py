@@ -233,7 +233,7 @@ class RankOne(Perturbation):
     ) -> None:
         """See the base class. One pass over x, one over y."""
         rowwise = fast.rowwise()
-        if rowwise is not None and rowwise.takes(x):
+        if rowwise is not None and rowwise.takes(x, y):
             a, b = (self.signs.left(parameter), self.signs.right(parameter))[:: -1 if transposed else 1]
             self._add_rowwise(rowwise, x, y, a, b, self.step(parameter), bias)
             return

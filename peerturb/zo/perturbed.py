@@ -121,21 +121,21 @@ class PerturbedForward(TorchFunctionMode):
 
             def handled(input: Tensor) -> Tensor:
                 # Inside another owner the operation is seen anyway.
-                return (
-                    forward(input) if self._is_inside else HANDLERS[F.linear](self, F.linear, (input, weight, bias), {})
-                )
+                return forward(input) if self._is_inside else self._handle_linear(input, weight, bias)
 
             return handled
         parameter, added = found.parameter, None if shift is None else shift.parameter
         names = {parameter.name} if added is None else {parameter.name, added.name}
 
         def linear(input: Tensor) -> Tensor:
-            if self._is_inside or id(input) in self._tracked or input.shape[0] % self.rows:
-                return (
-                    forward(input) if self._is_inside else HANDLERS[F.linear](self, F.linear, (input, weight, bias), {})
-                )
+            if self._is_inside:
+                return forward(input)
+            if id(input) in self._tracked or input.shape[0] % self.rows:
+                return self._handle_linear(input, weight, bias)
             self.used |= names
             output = F.linear(input, weight, bias)
+            if output.dtype != input.dtype:
+                return self._handle_linear(input, weight, bias)
             self.perturbation.add_linear(
                 parameter,
                 input.reshape(self.probes, -1, input.shape[-1]),
@@ -148,6 +148,7 @@ class PerturbedForward(TorchFunctionMode):
         return linear
 
     def _handle_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Correct a linear layer by the general way, which refuses what it cannot follow."""
         output: Tensor = HANDLERS[F.linear](self, F.linear, (input, weight, bias), {})
         return output
 

@@ -104,6 +104,8 @@ class ProbeEngine(Generic[Item]):
         self.items = items
         self.rows_max = rows_max
         self._sizes = [evaluator.size(item) for item in items]
+        self._lengths = np.array([size.tokens for size in self._sizes], np.int64)
+        self._outputs = np.array([size.outputs for size in self._sizes], np.int64)
         self._pages = lru_cache(maxsize=4)(partial(Pages, [entry for entry, _ in evaluator.parameters]))
         self._draw: tuple[Slot, Draw] | None = None
         self._draw_for(Slot(0))
@@ -237,8 +239,7 @@ class ProbeEngine(Generic[Item]):
 
     def micro_batches(self, drawn: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Yield groups of samples, of similar length, such that a group's rows fit one forward."""
-        tokens = np.array([size.tokens for size in self._sizes], np.int64)
-        lengths = tokens[drawn].max(1)
+        lengths = self._lengths[drawn].max(1)
         longest = drawn[int(lengths.argmax())][None, :]
         typical = max(1, self._rows_limit(longest) // self._rows(longest))
         window = len(drawn) if self.spec.round.budget_ms == 0 else WINDOW * typical
@@ -258,9 +259,9 @@ class ProbeEngine(Generic[Item]):
         cut_tokens = CUT_TOKENS["cuda" if self.evaluator.device.type == "cuda" else "cpu"]
         costs, sizes = np.zeros(count + 1), np.ones(count, np.int64)
         rows = self._rows(drawn)
+        most = np.maximum(1, self._rows_limits(drawn) // rows)
         for first in range(count - 1, -1, -1):
-            most = max(1, self._rows_limit(drawn[first : first + 1]) // rows)
-            ends = np.arange(1, min(most, count - first) + 1)
+            ends = np.arange(1, min(int(most[first]), count - first) + 1)
             tried = cut_tokens + rows * ends * lengths[first] + costs[first + ends]
             best = int(tried.argmin())
             sizes[first], costs[first] = best + 1, tried[best]
@@ -279,12 +280,16 @@ class ProbeEngine(Generic[Item]):
 
     def _rows_limit(self, drawn: NDArray[np.int64]) -> int:
         """Rows of examples as long as the longest of these that fit one forward."""
+        return int(self._rows_limits(drawn.reshape(1, -1))[0])
+
+    def _rows_limits(self, drawn: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same for each sample: [samples]."""
         if self.rows_max is not None:
-            return self.rows_max
+            return np.full(len(drawn), self.rows_max, np.int64)
         kind = "cuda" if self.evaluator.device.type == "cuda" else "cpu"
-        sizes = [self._sizes[index] for index in drawn.flatten().tolist()]
-        tokens, outputs = max(size.tokens for size in sizes), max(size.outputs for size in sizes)
-        return max(1, min(FORWARD_TOKENS[kind] // tokens, OUTPUT_BYTES_MAX[kind] // (4 * outputs)))
+        tokens, outputs = self._lengths[drawn].max(1), self._outputs[drawn].max(1)
+        limits: NDArray[np.int64] = np.minimum(FORWARD_TOKENS[kind] // tokens, OUTPUT_BYTES_MAX[kind] // (4 * outputs))
+        return np.maximum(1, limits)
 
     def drawn(self, round_number: RoundNumber, slot: Slot, count: int) -> NDArray[np.int64]:
         """Return the examples of samples 0..count-1 of a round, by number: [count, examples per probe]; one-sided

@@ -123,15 +123,21 @@ _kept: list[Any] = []
 """Machine code lives as long as its object."""
 
 
-def takes(x: Tensor) -> bool:
-    """Tell whether this module can work on an activation: a type it knows, on a CPU, without gaps."""
+def takes(x: Tensor, y: Tensor | None = None) -> bool:
+    """Tell whether this module can work on activations: one type that it knows, on a CPU, without gaps."""
     if x.dtype not in KINDS or not x.is_cpu or not x.is_contiguous():
+        return False
+    if y is not None and (y.dtype != x.dtype or not y.is_contiguous()):  # under autocast a product has another type
         return False
     return x.dtype != torch.float16 or bool(FEATURES.get("f16c"))
 
 
 def _signs(signs: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if signs is None else (signs.data_ptr(), signs.stride(0))
+    if signs is None:
+        return 0, 0
+    assert signs.dtype == torch.int8
+    assert signs.stride(1) == 1 or signs.shape[1] == 1
+    return signs.data_ptr(), signs.stride(0)
 
 
 def add_linear(

@@ -31,7 +31,7 @@ DENSE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 20}
 """Probes x elements of `dense` bits that exist at the same time: 4 MiB on a CPU, 64 MiB elsewhere."""
 SHARED_WORK = 1 << 24
 """Elements x probes of a tile, on average, from which on it pays to share tiles among threads (measured on two cores:
-at 2**23 one thread is a third faster than two, at 2**25 two are faster)."""
+below 2**22 one thread is a quarter faster than two, from 2**25 on two are faster)."""
 
 Family = Literal["rank1", "dense"]
 

@@ -218,3 +218,28 @@ def test_a_crew_takes_shares_once() -> None:
             assert sorted(numbers) == [(number, threads) for number in range(threads)]
     finally:
         torch.set_num_threads(before)
+
+
+def test_activations_of_two_types_are_left_to_torch() -> None:
+    """Under autocast a layer's product has another type than its input; read as the input's, it would end too soon."""
+    x, y = torch.randn(2, 4, 8), torch.randn(2, 4, 8).bfloat16()
+    assert rowwise.takes(x)
+    assert rowwise.takes(x, x.clone())
+    assert not rowwise.takes(x, y)
+    assert not rowwise.takes(x, x.transpose(1, 2))
+    assert not rowwise.takes(x.double())
+
+
+def test_a_module_under_autocast_is_refused() -> None:
+    module = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).requires_grad_(False)
+
+    def forward(module: Any, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(module, batch).float()
+
+    items = list(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+    spec = base_spec(module, name="x")
+    evaluator = CustomEvaluator(module, spec, items, loss=lambda found, batch: found.square().mean(1), forward=forward)
+    for owners in (None, [module[0], module[2]]):
+        with pytest.raises(ModelError, match=r"0\.weight cannot be perturbed.* as under autocast; leave out autocast"):
+            check_owners(evaluator.trial, evaluator.parameters, "rank1", owners=owners)
