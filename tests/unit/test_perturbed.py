@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peerturb.errors import ModelError
 from peerturb.manifest import Manifest
 from peerturb.zo import experts
 from peerturb.zo.coverage import check_coverage
 from peerturb.zo.experts import Routing, expert_linear
+from peerturb.zo.model import prepare
 from peerturb.zo.perturbation import FAMILIES, Perturbation
 from peerturb.zo.perturbed import PerturbedForward
 from tests.zo_models import CONFIGS, EXCLUDE, RandomSigns, manifest_of, one_thread, small_model
@@ -278,3 +280,20 @@ def test_the_grouped_product_of_experts_equals_the_loop(dtype: torch.dtype, monk
         torch.testing.assert_close(grouped, loop)
         matrices = weight if is_transposed else weight.transpose(1, 2)
         torch.testing.assert_close(loop[4:], (x[4:] @ matrices[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("deviation", [0.005, 0.02, 0.1])
+def test_deep_models_in_half_precision_pass_the_coverage_check(deviation: float, dtype: torch.dtype) -> None:
+    """Rounding adds up over layers, and small weights are soon outweighed by what they are perturbed with."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=128, num_hidden_layers=24, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=256,
+    )  # fmt: skip
+    model: Any = prepare(AutoModelForCausalLM.from_config(config), "float32")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, deviation)
+    manifest = manifest_of(model)
+    check_coverage(model.to(dtype), manifest)
