@@ -288,8 +288,8 @@ def test_deep_models_in_half_precision_pass_the_coverage_check(deviation: float,
     """Rounding adds up over layers, and small weights are soon outweighed by what they are perturbed with."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=128, num_hidden_layers=24, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=256,
+        vocab_size=64, hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8,
+        intermediate_size=1376,
     )  # fmt: skip
     model: Any = prepare(AutoModelForCausalLM.from_config(config), "float32")
     for parameter in model.parameters():
