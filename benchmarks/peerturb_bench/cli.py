@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peerturb.errors import PeerturbError
+from peerturb.zo.heap import keep_large_blocks
 from peerturb_bench.registry import BENCHMARKS, SUITE, measure
 from peerturb_bench.rows import Row, to_json
 
@@ -60,6 +61,7 @@ def bench(
         drawn = ", ".join(key for key, benchmark in BENCHMARKS.items() if benchmark.is_drawn)
         raise BenchUsageError(f"{name} draws nothing, so leave --out away; there are plots of {drawn}")
     else:
+        keep_large_blocks()  # as nodes do
         rows = measure(name, quick=quick, out=None if out is None else _folder(out))
         if as_json:
             sys.stdout.write(to_json(rows) + "\n")
@@ -71,6 +73,7 @@ def _run_suite(out: Path, *, as_json: bool, quick: bool) -> None:
     """Run all of the suite; raise at the end if something failed."""
     from peerturb_bench import suite  # brings torch, which help and list can do without
 
+    keep_large_blocks()  # as nodes do
     document = suite.run(quick=quick, out=out, show=(lambda name, rows: None) if as_json else _show)
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")

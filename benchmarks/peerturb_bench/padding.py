@@ -6,7 +6,7 @@ example takes alone. value: computed / needed in the engine's batches of at most
 for each side), sorted over a whole contribution (`budget_ms = 0`) or, where time may cut it short, within windows.
 reference: the same for batches of as many sequences in random order, padded to the longest. ratio: reference / value,
 how many times fewer tokens are computed. Where the engine chooses the rows itself, the reference has as many as its
-largest batch. Examples of one probe stay together, so that two of them cost padding of their own.
+largest batch. Examples of one probe are sorted apart from each other, as units of their own.
 """
 
 from dataclasses import replace

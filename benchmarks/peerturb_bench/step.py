@@ -116,8 +116,8 @@ def plain_batches(engine: ProbeEngine[TokenSequence], drawn: NDArray[np.int64]) 
         drawn: [samples, examples per probe] numbers of examples, as `ProbeEngine.drawn` returns them.
     """
     return [
-        [engine.items[index] for sample in samples for _ in range(2) for index in drawn[sample].tolist()]
-        for samples in engine.micro_batches(drawn)
+        [engine.items[index] for examples in units.examples.tolist() for _ in range(2) for index in examples]
+        for units in engine.micro_batches(drawn)
     ]
 
 

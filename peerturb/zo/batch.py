@@ -31,6 +31,8 @@ class Size:
     """Of a row, before padding."""
     outputs: int
     """Numbers in the largest output of a row."""
+    held: int = 0
+    """Numbers that a row keeps from its first token to its last: the cache of a text that is being written."""
 
 
 class Evaluator(Protocol[Item]):
@@ -42,12 +44,14 @@ class Evaluator(Protocol[Item]):
         dtype: type of the activations.
         owners: the modules inside which operations are seen, None for anywhere (`peerturb.zo.perturbed`). The probe
             engine sets it to None where a trial says so.
+        is_whole: True if the loss is one of all a probe's examples together: they share a forward then.
     """
 
     parameters: list[tuple[Parameter, Tensor]]
     device: torch.device
     dtype: torch.dtype
     owners: Sequence[nn.Module] | None
+    is_whole: bool
 
     def size(self, item: Item) -> Size:
         """Say what an example costs."""
@@ -82,6 +86,7 @@ class Runner:
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.trial: Trial = text_trial(model)
+        self.is_whole = False
         self.owners: Sequence[nn.Module] | None = None
         if not self.shared:  # such tables are used far from where they are looked up
             heads = [] if self.head is None else [self.head]

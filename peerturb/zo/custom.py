@@ -71,7 +71,7 @@ class CustomEvaluator(Generic[Item]):
         self._loss, self._forward = loss, forward or _call
         self._collate = collate or stack
         self._tokens = tokens
-        self._per_probe = per_probe
+        self._per_probe, self.is_whole = per_probe, per_probe > 0
         self._examples = list(examples[:EXAMPLES_MAX])
         self._outputs = 1
         self._check()

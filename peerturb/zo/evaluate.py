@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from peerturb.zo.batch import Runner
 from peerturb.zo.data import Example
 from peerturb.zo.objective import TokenSequence
+from peerturb.zo.room import in_parts
 
-FORWARD_TOKENS = 4_096
-"""Tokens in one forward; fixed, so that equal weights on one machine give equal figures."""
+FORWARD_TOKENS, FORWARD_EXAMPLES = 4_096, 256
+"""Most in one forward; fixed, so that equal weights on one machine give equal figures as long as memory suffices."""
 
 CHOICES = ("labels", "classes")
 """Kinds of objective with a right answer among few."""
@@ -51,23 +53,24 @@ def evaluate(
     runner: Runner, sequences: Sequence[TokenSequence], *, should_stop: Callable[[], bool] = lambda: False
 ) -> Evaluation | None:
     """Return loss and accuracy over all sequences, in their order of length; None if stopped before the end."""
-    objective = runner.objective
-    has_labels = objective.spec.kind in CHOICES
-    order = sorted(range(len(sequences)), key=lambda index: (len(sequences[index].tokens), index))
+    has_labels = runner.objective.spec.kind in CHOICES
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.tokens))
     total, right, done = 0.0, 0, 0
-    while done < len(order):
-        if done and should_stop():
+    work = partial(_figures, runner, has_labels)
+    for losses, hits, count in in_parts(runner, ordered, work, items_max=FORWARD_EXAMPLES, tokens_max=FORWARD_TOKENS):
+        total, right, done = total + losses, right + hits, done + count
+        if done < len(ordered) and should_stop():
             return None
-        longest = len(sequences[order[min(done + 255, len(order) - 1)]].tokens)
-        size = max(1, min(256, FORWARD_TOKENS // (longest * objective.per_example)))
-        part = [sequences[index] for index in order[done : done + size]]
-        rows = runner.place(objective.rows(part))
-        logits = runner.logits(rows)
-        total += float(objective.losses(logits, rows).sum())
-        if has_labels:
-            right += int((objective.scores(logits, rows).argmax(1) == rows.answers).sum())
-        done += len(part)
     return Evaluation(loss=total / done, accuracy=right / done if has_labels else None, examples=done)
+
+
+def _figures(runner: Runner, has_labels: bool, sequences: Sequence[TokenSequence]) -> tuple[float, int, int]:
+    """Return the sum of the losses, the right answers, and the number of examples of one forward."""
+    objective = runner.objective
+    rows = runner.place(objective.rows(sequences))
+    logits = runner.logits(rows)
+    right = int((objective.scores(logits, rows).argmax(1) == rows.answers).sum()) if has_labels else 0
+    return float(objective.losses(logits, rows).sum()), right, len(sequences)
 
 
 @torch.inference_mode()
@@ -75,8 +78,10 @@ def answers(runner: Runner, examples: Sequence[Example]) -> list[Answer]:
     """Return the model's answers: the most probable label or class, or greedy text (`text`: what follows)."""
     objective = runner.objective
     if objective.spec.kind in CHOICES:
-        rows = runner.place(objective.rows(objective.encode(examples, source="the examples")))
-        chosen = objective.scores(runner.logits(rows), rows).argmax(1).tolist()
+        sequences = objective.encode(examples, source="the examples")
+        work = partial(_chosen, runner)
+        parts = in_parts(runner, sequences, work, items_max=FORWARD_EXAMPLES, tokens_max=FORWARD_TOKENS)
+        chosen = [index for part in parts for index in part]
         words = {value: objective.spec.labels.get(value, value) for value in objective.label_values}
         return [
             Answer(
@@ -90,6 +95,13 @@ def answers(runner: Runner, examples: Sequence[Example]) -> list[Answer]:
         Answer(prompt=example.prompt, answer=_continue(runner, example.prompt), expected=example.completion)
         for example in examples
     ]
+
+
+def _chosen(runner: Runner, sequences: Sequence[TokenSequence]) -> list[int]:
+    """Return the number of each example's most probable label or class."""
+    rows = runner.place(runner.objective.rows(sequences))
+    indices: list[int] = runner.objective.scores(runner.logits(rows), rows).argmax(1).tolist()
+    return indices
 
 
 def _continue(runner: Runner, prompt: str) -> str:

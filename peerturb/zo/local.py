@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 
 from peerturb import codec
 from peerturb.errors import ModelError
@@ -16,6 +17,7 @@ from peerturb.spec import RunSpec
 from peerturb.zo.batch import Evaluator
 from peerturb.zo.digest import run_digest, short_digest
 from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.room import in_parts
 from peerturb.zo.update import apply_update
 
 Item = TypeVar("Item")
@@ -115,7 +117,8 @@ class LocalRun(Generic[Item]):
 
     def loss(self, items: Sequence[Any]) -> float:
         """Return the mean loss of items, weights as they are."""
-        return float(self.evaluator.losses(items).mean())
+        parts = list(in_parts(self.evaluator, items, self.evaluator.losses, items_max=len(items)))
+        return float(torch.cat(parts).mean())
 
     def digest(self) -> bytes:
         """Return the run digest of the weights."""

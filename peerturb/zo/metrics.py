@@ -54,7 +54,7 @@ class ScoredRunner(Runner):
         if objective.spec.kind != "labels":
             raise ObjectiveError(f'a metric of labels needs objective.kind = "labels", not "{objective.spec.kind}"')
         super().__init__(model, manifest, objective)
-        self._metric, self._is_per_probe = metric, per_probe
+        self._metric, self.is_whole = metric, per_probe
 
     def losses(self, sequences: Sequence[TokenSequence], perturbation: Perturbation | None = None) -> Tensor:
         """See `Evaluator`; f64."""
@@ -63,7 +63,7 @@ class ScoredRunner(Runner):
             rows = each_side(rows, perturbation)
         scores = self.objective.scores(self.logits(rows, perturbation), rows)
         groups = 1 if perturbation is None else perturbation.groups
-        if self._is_per_probe:
+        if self.is_whole:
             size = len(scores) // groups
             if perturbation is not None:
                 check_whole(size, self.objective.spec.examples_per_probe)

@@ -10,27 +10,32 @@ from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from peerturb.codec import encode, rounding_noise
+from peerturb.errors import ObjectiveError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.spec import RunSpec
 from peerturb.zo import fast
-from peerturb.zo.batch import Evaluator
+from peerturb.zo.batch import Evaluator, Size
 from peerturb.zo.coverage import check_owners
 from peerturb.zo.data import Draw
 from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.factors import PagedSigns, Pages
+from peerturb.zo.packing import Units, cheapest_cuts
 from peerturb.zo.perturbation import FAMILIES, Signs
+from peerturb.zo.room import Room
 
 Item = TypeVar("Item")
+Forward = Callable[..., NDArray[np.float64]]
+"""(units, epsilon=...) -> [units, sides] summed losses, for one round and slot."""
 
 FORWARD_TOKENS = {"cpu": 4_096, "cuda": 65_536}
-"""Tokens in one forward by device type: enough to feed the cores, few enough for activations to stay in cache."""
+"""Tokens in one forward by device type: enough to feed the cores, few enough for activations to stay in cache. Fewer
+where memory is short (`peerturb.zo.room`)."""
 
 CUT_TOKENS = {"cpu": 256, "cuda": 4_096}
-"""What a forward costs however little it computes, in tokens: samples are cut into more micro-batches, of more alike
+"""What a forward costs however little it computes, in tokens: units are cut into more micro-batches, of more alike
 lengths, as long as the padding this saves is more."""
 
 OUTPUT_BYTES_MAX = {"cpu": 2**26, "cuda": 2**30}
@@ -41,7 +46,7 @@ PAGE_BYTES = {"compiled": 2**19, "cpu": 2**27, "cuda": 2**27}
 than many; with them a page need only outweigh its calls, and large models keep the memory."""
 
 WINDOW = 4
-"""Micro-batches over which samples are sorted by length when a contribution may be cut short."""
+"""Micro-batches over which units are sorted by length when a contribution may be cut short."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +85,13 @@ class ProbeEngine(Generic[Item]):
     Args:
         evaluator: a `peerturb.zo.batch.Runner`, or what else gives losses; weights are read, never written.
         items: the node's examples, as the evaluator takes them (for a `Runner` what `Objective.load` returns).
-        rows_max: most rows in one forward; by default chosen from device, length of examples and size of outputs.
+        rows_max: most rows in one forward; by default chosen from device, length of examples, size of outputs and free
+            memory. Where memory runs out there are fewer.
 
     Raises:
         ModelError: the engine cannot perturb some parameter; see `peerturb.zo.coverage`.
         DataError: fewer examples than one probe needs.
+        ObjectiveError: a probe's examples, which are judged together, are more than `rows_max` rows.
     """
 
     def __init__(
@@ -102,13 +109,24 @@ class ProbeEngine(Generic[Item]):
         self.spec = spec
         self.evaluator = evaluator
         self.items = items
-        self.rows_max = rows_max
-        self._sizes = [evaluator.size(item) for item in items]
-        self._lengths = np.array([size.tokens for size in self._sizes], np.int64)
-        self._outputs = np.array([size.outputs for size in self._sizes], np.int64)
+        self._kind = "cuda" if evaluator.device.type == "cuda" else "cpu"
+        self._room = Room(evaluator, family=spec.perturbation.family, is_planned=rows_max is None)
+        sizes = [evaluator.size(item) for item in items]
+        self._rows_each = max((size.rows for size in sizes), default=1)
+        self._lengths = np.array([size.tokens for size in sizes], np.int64)
+        self._row_bytes = np.array([self._room.row_bytes(size) for size in sizes], np.int64)
+        self._rows_max = np.array([rows_max or self._fed(size) for size in sizes], np.int64)
+        """Rows as long as those of each item that a forward may have, if memory is no limit."""
         self._pages = lru_cache(maxsize=4)(partial(Pages, [entry for entry, _ in evaluator.parameters]))
         self._draw: tuple[Slot, Draw] | None = None
         self._draw_for(Slot(0))
+        per_probe = spec.objective.examples_per_probe
+        rows = self._rows(per_probe)
+        if evaluator.is_whole and rows_max is not None and rows > rows_max:
+            raise ObjectiveError(
+                f"the {per_probe} examples of a probe are judged together, in one forward of {rows} rows, and rows_max "
+                f"is {rows_max}: raise rows_max, or lower objective.examples_per_probe"
+            )
 
     def contribute(
         self,
@@ -148,69 +166,81 @@ class ProbeEngine(Generic[Item]):
         count: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Measurement:
-        """Measure samples 0..count-1, or as many of them as there is time for."""
+        """Measure samples 0..count-1, or as many of them as there is time for.
+
+        Raises:
+            ModelError: memory runs out in the smallest forward there is.
+        """
+        self._room.look()
         count = self.spec.round.probes_max if count is None else count
-        sides = self.spec.perturbation.side_count
+        sides, per_probe = self.spec.perturbation.side_count, self.spec.objective.examples_per_probe
         drawn = self.drawn(round_number, slot, count)
-        losses = np.full((count, 2), np.nan)
-        is_done = np.zeros(count, dtype=np.bool_)
+        forward = partial(self._forward, round_number, slot)
+        sums = np.zeros((count, 2))
+        missing = np.full(count, per_probe)
         tokens = 0
         if self._is_shared:
-            losses[:, 1] = self._clean(round_number, slot, drawn)
-            tokens += self._tokens(drawn[0])
-        for samples in self.micro_batches(drawn):
-            if is_done.any() and should_stop():
+            sums[:, 1], tokens = self._clean(forward, drawn)
+        for units in self.micro_batches(drawn):
+            if not missing[0] and should_stop():
                 break
-            losses[samples, :sides] = self._losses(round_number, slot, samples, drawn)
-            is_done[samples] = True
-            tokens += sides * self._tokens(drawn[samples])
-        # Samples of a window are measured by length: keep the ones before the first that is missing.
-        done = count if is_done.all() else int(np.argmin(is_done))
-        return Measurement(plus=losses[:done, 0], reference=losses[:done, 1], tokens=tokens)
+            np.add.at(sums[:, :sides], units.samples, self._sums(forward, units))
+            np.subtract.at(missing, units.samples, units.together)
+            tokens += sides * self._tokens(units)
+        # Units of a window are measured by length: keep the samples before the first that is not complete.
+        done = int(np.argmax(missing > 0)) if missing.any() else count
+        losses = sums[:done] / per_probe
+        return Measurement(plus=losses[:, 0], reference=losses[:, 1], tokens=tokens)
 
-    def _tokens(self, drawn: NDArray[np.int64]) -> int:
-        """Tokens of these examples, each read once."""
-        return sum(self._sizes[index].tokens for index in drawn.flatten().tolist())
-
-    def _clean(self, round_number: RoundNumber, slot: Slot, drawn: NDArray[np.int64]) -> float:
-        """Return the loss of the weights as they are, on the examples that all samples share.
+    def _clean(self, forward: Forward, drawn: NDArray[np.int64]) -> tuple[float, int]:
+        """Return the summed losses of the weights as they are, on the examples that all samples share, and the tokens.
 
         Measured as sample 0 with epsilon 0: the same operations round alike, and their difference is the noise alone.
         """
-        return float(self._forward(round_number, slot, np.zeros(1, np.int64), drawn, epsilon=0.0)[0, 0])
+        total, tokens = 0.0, 0
+        for units in self.micro_batches(drawn[:1]):
+            total += float(self._sums(partial(forward, epsilon=0.0), units).sum())
+            tokens += self._tokens(units)
+        return total, tokens
 
-    def _losses(
-        self, round_number: RoundNumber, slot: Slot, samples: NDArray[np.int64], drawn: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """Return [samples, sides] mean losses. Where memory runs out the micro-batch is halved, for good."""
-        try:
-            return self._forward(round_number, slot, samples, drawn)
-        except (torch.OutOfMemoryError, MemoryError):
-            if len(samples) == 1:
-                raise
-        if self.evaluator.device.type == "cuda":
-            torch.cuda.empty_cache()
-        half = len(samples) // 2
-        self.rows_max = max(1, half * self._rows(drawn[samples]))
-        return np.concatenate(
-            [self._losses(round_number, slot, part, drawn) for part in (samples[:half], samples[half:])]
-        )
+    def _tokens(self, units: Units) -> int:
+        """Tokens of these examples, each read once."""
+        return int(self._lengths[units.examples].sum())
+
+    def _sums(self, forward: Forward, units: Units) -> NDArray[np.float64]:
+        """Return [units, sides] summed losses. Where memory runs out the micro-batch is halved, and so are later ones.
+
+        Raises:
+            ModelError: memory runs out in the smallest forward there is.
+        """
+        rows = len(units) * self._rows(units.together)
+        is_smallest = len(units) == 1 and (units.together == 1 or self.evaluator.is_whole)
+        if is_smallest or rows <= self._limit(units.examples):  # one made before memory ran out may be too large by now
+            sums = self._room.attempt(
+                partial(forward, units),
+                rows=rows,
+                row_bytes=int(self._row_bytes[units.examples].max()),
+                tokens=int(self._lengths[units.examples].max()),
+                is_smallest=is_smallest,
+            )
+            if sums is not None:
+                return sums
+        if len(units) == 1:
+            apart: NDArray[np.float64] = self._sums(forward, units.singles()).sum(0, keepdims=True)
+            return apart
+        half = len(units) // 2
+        parts = units.take(slice(half)), units.take(slice(half, None))
+        return np.concatenate([self._sums(forward, part) for part in parts])
 
     def _forward(
-        self,
-        round_number: RoundNumber,
-        slot: Slot,
-        samples: NDArray[np.int64],
-        drawn: NDArray[np.int64],
-        *,
-        epsilon: float | None = None,
+        self, round_number: RoundNumber, slot: Slot, units: Units, *, epsilon: float | None = None
     ) -> NDArray[np.float64]:
-        """Return [samples, sides] mean losses, at the run's epsilon unless another is given."""
+        """Return [units, sides] summed losses, at the run's epsilon unless another is given."""
         evaluator, rules = self.evaluator, self.spec.perturbation
-        probes = Probes.of(run_key=self.spec.run_key, round=round_number, slots=slot, samples=samples)
+        probes = Probes.of(run_key=self.spec.run_key, round=round_number, slots=slot, samples=units.samples)
         perturbation = FAMILIES[rules.family](
             self._signs(probes),
-            probes=len(samples),
+            probes=len(units),
             epsilon=rules.epsilon if epsilon is None else epsilon,
             dtype=evaluator.dtype,
             device=evaluator.device,
@@ -218,78 +248,71 @@ class ProbeEngine(Generic[Item]):
         )
         if self._is_shared:  # all that is compared with one clean loss draws alike
             perturbation.draw_key = f"{self.spec.run_key} {round_number} {slot}".encode()
-        sums: NDArray[np.float64] = np.zeros((len(samples), rules.side_count))
-        chosen = drawn[samples]
-        per_probe = self.spec.objective.examples_per_probe
-        step = max(1, self._rows_limit(chosen) * per_probe // (len(samples) * self._rows(chosen)))
-        for begin in range(0, per_probe, step):  # more than one pass only where one probe's examples fill a forward
-            part = [self.items[index] for index in chosen[:, begin : begin + step].flatten().tolist()]
-            sums += evaluator.losses(part, perturbation).sum(2).cpu().numpy()
-        return sums / per_probe
+        items = [self.items[index] for index in units.examples.flatten().tolist()]
+        sums: NDArray[np.float64] = evaluator.losses(items, perturbation).sum(2).cpu().numpy()
+        return sums
 
     def _signs(self, probes: Probes) -> Signs:
         """Return where a micro-batch's signs come from."""
         device = self.evaluator.device
         if self.spec.perturbation.family != "rank1":
             return Directions(probes, device)
-        kind = "cuda" if device.type == "cuda" else "compiled" if fast.compiled() else "cpu"
+        kind = "compiled" if self._kind == "cpu" and fast.compiled() else self._kind
         # Powers of two: micro-batches of nearly equal size share a layout.
         columns_max = PAGE_BYTES[kind] >> (len(probes) - 1).bit_length()
         return PagedSigns(self._pages(columns_max), probes, device)
 
-    def micro_batches(self, drawn: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Yield groups of samples, of similar length, such that a group's rows fit one forward."""
-        lengths = self._lengths[drawn].max(1)
-        longest = drawn[int(lengths.argmax())][None, :]
-        typical = max(1, self._rows_limit(longest) // self._rows(longest))
-        window = len(drawn) if self.spec.round.budget_ms == 0 else WINDOW * typical
-        for begin in range(0, len(drawn), window):
-            order = begin + np.argsort(-lengths[begin : begin + window], kind="stable")
-            groups = [order[first:stop] for first, stop in self._cuts(drawn[order], lengths[order])]
-            # Only what reaches from sample 0 on without a gap counts: the group with the lowest sample comes first.
-            yield from sorted(groups, key=lambda group: int(group.min()))
+    def micro_batches(self, drawn: NDArray[np.int64]) -> Iterator[Units]:
+        """Yield units of similar length whose rows fit one forward, such that all examples of all samples are covered.
 
-    def _cuts(self, drawn: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Return where to cut samples that are sorted by falling length, such that the least is computed in all.
-
-        A group computes its rows at the length of its first sample; each group costs `CUT_TOKENS` besides. Solved from
-        the end: the best cuts of a tail follow from those of the tails behind it.
+        Args:
+            drawn: [samples, examples per probe] numbers of examples, as `drawn` returns them.
         """
-        count = len(lengths)
-        cut_tokens = CUT_TOKENS["cuda" if self.evaluator.device.type == "cuda" else "cpu"]
-        costs, sizes = np.zeros(count + 1), np.ones(count, np.int64)
-        rows = self._rows(drawn)
-        most = np.maximum(1, self._rows_limits(drawn) // rows)
-        for first in range(count - 1, -1, -1):
-            ends = np.arange(1, min(int(most[first]), count - first) + 1)
-            tried = cut_tokens + rows * ends * lengths[first] + costs[first + ends]
-            best = int(tried.argmin())
-            sizes[first], costs[first] = best + 1, tried[best]
-        cuts, first = [], 0
-        while first < count:
-            cuts.append((first, first + int(sizes[first])))
-            first = cuts[-1][1]
-        return cuts
+        limit = self._limit(drawn)
+        is_whole = self._is_whole(limit)
+        typical = max(1, limit // self._rows(drawn.shape[1]))
+        window = len(drawn) if self.spec.round.budget_ms == 0 else WINDOW * typical
+        for first in range(0, len(drawn), window):
+            units = Units.of(drawn[first : first + window], first=first, is_whole=is_whole)
+            lengths, rows = self._lengths[units.examples].max(1), self._rows(units.together)
+            order = np.argsort(-lengths, kind="stable")
+            units, lengths = units.take(order), lengths[order]
+            most = np.maximum(1, self._limits(units.examples) // rows)
+            cuts = cheapest_cuts(lengths, most, rows=rows, cut_tokens=CUT_TOKENS[self._kind])
+            # Only what reaches from sample 0 on without a gap counts: the group with the lowest sample comes first.
+            yield from sorted((units.take(cut) for cut in cuts), key=lambda group: int(group.samples.min()))
 
-    def _rows(self, drawn: NDArray[np.int64]) -> int:
-        """Rows of the largest of these samples, all sides."""
-        samples: list[list[int]] = drawn.tolist()
-        return self.spec.perturbation.side_count * max(
-            sum(self._sizes[index].rows for index in sample) for sample in samples
+    def _is_whole(self, limit: int) -> bool:
+        """True if a probe's examples stay in one forward.
+
+        One by one they can be sorted by length, so that less is padded; each then has its signs made for itself, which
+        is little in `rank1` and most of the work in `dense`.
+        """
+        is_padded = int(self._lengths.min()) < int(self._lengths.max())
+        is_cheap_apart = self.spec.perturbation.family == "rank1"
+        fits = self._rows(self.spec.objective.examples_per_probe) <= limit
+        return self.evaluator.is_whole or (fits and not (is_padded and is_cheap_apart))
+
+    def _rows(self, examples: int) -> int:
+        """Rows of so many examples, on all sides."""
+        return self.spec.perturbation.side_count * examples * self._rows_each
+
+    def _limit(self, examples: NDArray[np.int64]) -> int:
+        """Rows as large as the largest of these examples that may share a forward."""
+        return int(self._limits(examples.reshape(1, -1))[0])
+
+    def _limits(self, examples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same for each unit: [units] of [units, examples]."""
+        limits: NDArray[np.int64] = np.minimum(
+            self._rows_max[examples].min(1), self._room.rows(self._row_bytes[examples].max(1))
         )
+        return limits
 
-    def _rows_limit(self, drawn: NDArray[np.int64]) -> int:
-        """Rows of examples as long as the longest of these that fit one forward."""
-        return int(self._rows_limits(drawn.reshape(1, -1))[0])
-
-    def _rows_limits(self, drawn: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The same for each sample: [samples]."""
-        if self.rows_max is not None:
-            return np.full(len(drawn), self.rows_max, np.int64)
-        kind = "cuda" if self.evaluator.device.type == "cuda" else "cpu"
-        tokens, outputs = self._lengths[drawn].max(1), self._outputs[drawn].max(1)
-        limits: NDArray[np.int64] = np.minimum(FORWARD_TOKENS[kind] // tokens, OUTPUT_BYTES_MAX[kind] // (4 * outputs))
-        return np.maximum(1, limits)
+    def _fed(self, size: Size) -> int:
+        """Rows that feed the device."""
+        return max(
+            1, min(FORWARD_TOKENS[self._kind] // size.tokens, OUTPUT_BYTES_MAX[self._kind] // (4 * size.outputs))
+        )
 
     def drawn(self, round_number: RoundNumber, slot: Slot, count: int) -> NDArray[np.int64]:
         """Return the examples of samples 0..count-1 of a round, by number: [count, examples per probe]; one-sided

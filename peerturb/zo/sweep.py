@@ -18,7 +18,9 @@ from peerturb.manifest import Manifest
 from peerturb.spec import RunSpec
 from peerturb.zo.batch import Evaluator
 from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.room import in_parts
 from peerturb.zo.search import Outcome, Setting
+from peerturb.zo.shortage import memory_for
 from peerturb.zo.update import apply_update
 
 Item = TypeVar("Item")
@@ -46,6 +48,10 @@ class Sweep(Generic[Item]):
         held_out: returns the held-out loss of the weights as they are; None without held-out data.
         probes: in a round.
         rows_max: most rows in one forward; by default the engine chooses.
+
+    Raises:
+        ModelError: a parameter cannot be perturbed, or memory runs out.
+        DataError: fewer items than a probe needs.
     """
 
     def __init__(
@@ -65,7 +71,8 @@ class Sweep(Generic[Item]):
         self._spec = spec
         self._manifest = manifest
         self._weights = [weight for _, weight in evaluator.parameters]
-        self._saved = [weight.clone() for weight in self._weights]
+        with memory_for("a second copy of the weights", evaluator.device):
+            self._saved = [weight.clone() for weight in self._weights]
         self._evaluator = evaluator
         self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
         chosen = np.linspace(0, len(items) - 1, min(SAMPLE_ITEMS, len(items))).astype(int)
@@ -150,11 +157,8 @@ class Sweep(Generic[Item]):
 
     def _losses(self) -> NDArray[np.float64]:
         """Losses of the sample, example by example."""
-        parts = []
-        for begin in range(0, len(self._sample), SAMPLE_ROWS):
-            losses = self._evaluator.losses(self._sample[begin : begin + SAMPLE_ROWS])
-            parts.append(losses.detach().double().cpu().numpy())
-        return np.concatenate(parts)
+        parts = in_parts(self._evaluator, self._sample, self._evaluator.losses, items_max=SAMPLE_ROWS)
+        return np.concatenate([losses.detach().double().cpu().numpy() for losses in parts])
 
 
 def _outcome(

@@ -214,8 +214,8 @@ def test_a_group_is_measured_whole(sides: str) -> None:
     run = LocalRun(custom, run_spec, [items()])
     run.step()
     assert set(seen[1:]) == {6}
-    with pytest.raises(ObjectiveError, match=r"6 examples together was asked for [24] .*raise rows_max"):
-        LocalRun(custom, run_spec, [items()], rows_max=4).step()
+    with pytest.raises(ObjectiveError, match=r"6 examples of a probe are judged together.*raise rows_max"):
+        LocalRun(custom, run_spec, [items()], rows_max=4)
 
 
 def test_error_rate_and_f1() -> None:

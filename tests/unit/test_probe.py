@@ -1,7 +1,6 @@
 """Probes: right losses, untouched weights, repeatable, cut short in order; void codes where the model breaks down."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,14 +9,17 @@ import torch
 from torch import Tensor
 
 from peerturb.codec import VOID, encode
-from peerturb.errors import DataError
+from peerturb.errors import DataError, ModelError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Parameter
+from peerturb.zo import room
 from peerturb.zo.batch import Runner
 from peerturb.zo.data import Example
 from peerturb.zo.directions import Directions, Probes
+from peerturb.zo.need import need_of
 from peerturb.zo.objective import Objective, TokenSequence
-from peerturb.zo.probe import CUT_TOKENS, ProbeEngine
+from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.room import SHARE
 from tests.zo_models import byte_tokenizer, manifest_of, one_thread, small_model, spec_of
 
 __all__ = ["one_thread"]
@@ -190,21 +192,118 @@ def test_a_broken_model_sends_void_codes(value: float, sides: str) -> None:
     assert np.isnan(result.loss)
 
 
-@pytest.mark.parametrize("sides", ["two", "one"])
-def test_memory_that_runs_out_halves_the_forward(sides: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = engine_of(sides=sides).measure(ROUND, slot=SLOT)
-    engine = engine_of(sides=sides)
-    forward = engine._forward
+MEMORY_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
 
-    def small_only(round_number: Any, slot: Any, samples: Any, drawn: Any, **given: Any) -> Any:
-        if len(samples) > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return forward(round_number, slot, samples, drawn, **given)
 
-    monkeypatch.setattr(engine, "_forward", small_only)
+def limit_rows(engine: ProbeEngine[TokenSequence], rows_max: int, error: Exception) -> list[int]:
+    """Let forwards of more rows fail; return a list that gets the rows of each that was tried."""
+    losses, tried = engine.evaluator.losses, []
+
+    def small_only(items: Any, perturbation: Any = None) -> Tensor:
+        tried.append(len(items) * (1 if perturbation is None else perturbation.sides))
+        if tried[-1] > rows_max:
+            raise error
+        return losses(items, perturbation)
+
+    engine.evaluator.losses = small_only  # type: ignore[method-assign]
+    return tried
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"sides": "one"}, {"objective": {"examples_per_probe": 3}}, {"objective": LABELS}, {"family": "dense"}],
+    ids=str,
+)
+def test_memory_that_runs_out_halves_the_forwards_for_good(fields: dict[str, Any], error: Exception) -> None:
+    whole = engine_of(dtype=torch.float64, **fields).measure(ROUND, slot=SLOT)
+    engine = engine_of(dtype=torch.float64, **fields)
+    tried = limit_rows(engine, 4, error)
     measured = engine.measure(ROUND, slot=SLOT)
     np.testing.assert_allclose(measured.plus, whole.plus, rtol=0, atol=2e-6)
-    assert engine.rows_max is not None
+    np.testing.assert_allclose(measured.reference, whole.reference, rtol=0, atol=2e-6)
+    assert measured.tokens == whole.tokens
+    assert max(tried) > 4
+    tried.clear()
+    engine.measure(RoundNumber(5), slot=SLOT)
+    assert max(tried) <= 4
+
+
+def test_a_dense_probe_too_large_for_memory_is_measured_example_by_example() -> None:
+    fields: dict[str, Any] = {"dtype": torch.float64, "family": "dense", "objective": {"examples_per_probe": 5}}
+    whole = engine_of(**fields).measure(ROUND, slot=SLOT)
+    engine = engine_of(**fields)
+    tried = limit_rows(engine, 3, MemoryError())
+    np.testing.assert_allclose(engine.measure(ROUND, slot=SLOT).plus, whole.plus, rtol=0, atol=2e-6)
+    assert 10 in tried
+    assert tried[-1] == 2
+
+
+def test_memory_that_runs_out_at_the_smallest_forward_is_told() -> None:
+    engine = engine_of()
+    limit_rows(engine, 1, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"))
+    with pytest.raises(ModelError, match=r"(?s)smallest forward, 2 rows of \d+ tokens .*5 bytes.*objective.tokens_max"):
+        engine.measure(ROUND, slot=SLOT)
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    engine = engine_of()
+    tried = limit_rows(engine, 1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        engine.measure(ROUND, slot=SLOT)
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize("rows_max", [None, 8])
+def test_little_free_memory_makes_small_forwards(rows_max: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forwards(free_bytes: int) -> list[int]:
+        monkeypatch.setattr(room, "free_bytes", lambda device: free_bytes)
+        engine = engine_of(rows_max=rows_max)
+        tried = limit_rows(engine, 99, MemoryError())
+        engine.measure(ROUND, slot=SLOT)
+        return tried
+
+    engine = engine_of()
+    need = need_of(engine.evaluator, family="rank1")
+    shortest = min((engine.evaluator.size(item) for item in engine.items), key=lambda size: size.tokens)
+    plenty = forwards(2**40)
+    assert max(plenty) > 4
+    little = forwards(int((need.fixed + 4.5 * need.of(shortest)) / SHARE["cpu"]))
+    if rows_max is not None:  # what a person has chosen is tried
+        assert little == plenty == forwards(0)
+    else:
+        assert max(little) == 4
+        assert set(forwards(0)) == {2}
+
+
+@pytest.mark.parametrize("objective", [{"examples_per_probe": 2}, LABELS])
+def test_examples_of_a_probe_are_sorted_by_length_apart_and_nothing_changes(objective: dict[str, Any]) -> None:
+    engine = engine_of(dtype=torch.float64, objective=objective, rows_max=8)
+    drawn = engine.drawn(ROUND, SLOT, 6)
+    batches = list(engine.micro_batches(drawn))
+    assert {batch.together for batch in batches} == {1}
+    found = sorted(
+        (sample, example)
+        for batch in batches
+        for sample, example in zip(batch.samples.tolist(), batch.examples[:, 0].tolist(), strict=True)
+    )
+    assert found == sorted((sample, example) for sample in range(6) for example in drawn[sample].tolist())
+    measured = engine.measure(ROUND, slot=SLOT)
+    for sample in range(6):
+        assert measured.plus[sample] == pytest.approx(losses_with_written_out_weights(engine, sample, 1e-3), abs=1e-6)
+
+
+def test_examples_stay_together_where_apart_costs_more() -> None:
+    objective = {"examples_per_probe": 2}
+    dense = engine_of(family="dense", objective=objective)
+    assert {batch.together for batch in dense.micro_batches(dense.drawn(ROUND, SLOT, 6))} == {2}
+    alike = engine_of(objective={"examples_per_probe": 2, "tokens_max": 2})
+    assert len(set(alike._lengths.tolist())) == 1
+    assert {batch.together for batch in alike.micro_batches(alike.drawn(ROUND, SLOT, 6))} == {2}
 
 
 class Watched:
@@ -254,7 +353,7 @@ def test_the_clean_loss_is_measured_once_and_counted(rows_max: int | None) -> No
     assert measured.tokens == 7 * tokens
     part = engine.measure(ROUND, slot=SLOT, should_stop=lambda: True)
     assert part.tokens == (len(part.plus) + 1) * tokens
-    assert len(part.plus) == (6 if rows_max is None else 1)
+    assert len(part.plus) == (6 if rows_max is None else 2)  # two rows are the longer, then the shorter example of both
 
 
 def test_two_sided_tokens_are_those_of_both_sides() -> None:
@@ -292,27 +391,3 @@ def test_the_clean_loss_is_rounded_as_the_others_are(name: str, dtype: torch.dty
 def test_too_few_sequences_are_an_error_at_the_start() -> None:
     with pytest.raises(DataError, match="7 sequences, a probe needs 8"):
         engine_of(objective={"examples_per_probe": 8})
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_samples_are_cut_into_the_cheapest_micro_batches(seed: int) -> None:
-    """Against all 64 ways to cut seven samples."""
-    engine = engine_of(rows_max=8)
-    generator = np.random.default_rng(seed)
-    lengths = np.sort(generator.integers(1, 2_000, 7))[::-1]
-    drawn = generator.integers(0, len(TEXTS), (7, 1))
-
-    def cost(cuts: list[tuple[int, int]]) -> int:
-        return sum(CUT_TOKENS["cpu"] + 2 * (stop - first) * int(lengths[first]) for first, stop in cuts)
-
-    every = []
-    for bits in range(64):
-        edges = [0, *(place + 1 for place in range(6) if bits >> place & 1), 7]
-        cuts = list(pairwise(edges))
-        if all(stop - first <= 4 for first, stop in cuts):  # eight rows are four samples of two sides
-            every.append(cost(cuts))
-    found = engine._cuts(drawn, lengths)
-    assert [first for first, _ in found[1:]] == [stop for _, stop in found[:-1]]
-    assert (found[0][0], found[-1][1]) == (0, 7)
-    assert cost(found) == min(every)
-    assert all(stop - first <= 4 for first, stop in found)

@@ -99,8 +99,10 @@ def run(
         typer.echo(json.dumps(settings.shown(), indent=2))
         return
 
+    from peerturb.zo.heap import keep_large_blocks
     from peerturb_node.logs import configure
     from peerturb_node.main import run_node
 
+    keep_large_blocks()
     configure(is_json=as_json, is_verbose=verbose)
     raise typer.Exit(run_node(settings, is_json=as_json, stream=sys.stdout))

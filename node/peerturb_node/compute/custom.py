@@ -14,6 +14,7 @@ from peerturb.errors import ModelError, RefusedError, RejectCode
 from peerturb.spec import RunSpec
 from peerturb.zo.batch import Evaluator
 from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.room import in_parts
 from peerturb_node.compute.base import HeldOut
 from peerturb_node.compute.replica import Replica
 
@@ -75,12 +76,11 @@ class CustomCompute(Replica, Generic[Item]):
     def evaluate(self, is_cancelled: Callable[[], bool]) -> HeldOut | None:
         """Return the mean loss of the held-out items."""
         total, done = 0.0, 0
-        while done < len(self._held_out):
-            if done and is_cancelled():
+        for losses in in_parts(self._evaluator, self._held_out, self._evaluator.losses, items_max=EVALUATED_AT_ONCE):
+            total += float(losses.sum())
+            done += len(losses)
+            if done < len(self._held_out) and is_cancelled():
                 return None
-            part = self._held_out[done : done + EVALUATED_AT_ONCE]
-            total += float(self._evaluator.losses(part).sum())
-            done += len(part)
         return HeldOut(loss=total / done, accuracy=None, examples=done) if done else None
 
     def reset(self) -> None:
