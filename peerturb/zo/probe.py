@@ -18,11 +18,12 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.spec import RunSpec
 from peerturb.zo import fast
 from peerturb.zo.batch import Evaluator
-from peerturb.zo.coverage import check_owners
+from peerturb.zo.coverage import can_follow
 from peerturb.zo.data import Draw
 from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.factors import PagedSigns, Pages
 from peerturb.zo.perturbation import FAMILIES, Signs
+from peerturb.zo.written import written_losses
 
 Item = TypeVar("Item")
 
@@ -83,22 +84,15 @@ class ProbeEngine(Generic[Item]):
         rows_max: most rows in one forward; by default chosen from device, length of examples and size of outputs.
 
     Raises:
-        ModelError: the engine cannot perturb some parameter; see `peerturb.zo.coverage`.
+        ModelError: the engine cannot perturb some parameter; see `peerturb.zo.coverage`. One that it cannot follow for
+            all rows at once is no error but a warning: each side of each probe is then measured by itself.
         DataError: fewer examples than one probe needs.
     """
 
     def __init__(
         self, evaluator: Evaluator[Item], spec: RunSpec, items: Sequence[Item], *, rows_max: int | None = None
     ) -> None:
-        shared: frozenset[str] = getattr(evaluator, "shared", frozenset())
-        evaluator.owners = check_owners(
-            evaluator.trial,
-            evaluator.parameters,
-            spec.perturbation.family,
-            shared=shared,
-            sides=spec.perturbation.side_count,
-            owners=evaluator.owners,
-        )
+        self._is_followed = can_follow(evaluator, spec.perturbation.family, sides=spec.perturbation.side_count)
         self.spec = spec
         self.evaluator = evaluator
         self.items = items
@@ -224,7 +218,8 @@ class ProbeEngine(Generic[Item]):
         step = max(1, self._rows_limit(chosen) * per_probe // (len(samples) * self._rows(chosen)))
         for begin in range(0, per_probe, step):  # more than one pass only where one probe's examples fill a forward
             part = [self.items[index] for index in chosen[:, begin : begin + step].flatten().tolist()]
-            sums += evaluator.losses(part, perturbation).sum(2).cpu().numpy()
+            measure = evaluator.losses if self._is_followed else partial(written_losses, evaluator)
+            sums += measure(part, perturbation).sum(2).cpu().numpy()
         return sums / per_probe
 
     def _signs(self, probes: Probes) -> Signs:
@@ -239,6 +234,9 @@ class ProbeEngine(Generic[Item]):
 
     def micro_batches(self, drawn: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Yield groups of samples, of similar length, such that a group's rows fit one forward."""
+        if not self._is_followed:
+            yield from np.arange(len(drawn))[:, None]
+            return
         lengths = self._lengths[drawn].max(1)
         longest = drawn[int(lengths.argmax())][None, :]
         typical = max(1, self._rows_limit(longest) // self._rows(longest))
