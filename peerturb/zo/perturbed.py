@@ -32,7 +32,8 @@ class PerturbedForward(TorchFunctionMode):
         rows: rows of the batch, a multiple of sides * probes.
         head: the output embedding; where it is applied, only `positions` of each row are kept.
         positions: [rows, kept] indices of the tokens whose logits are wanted, or None for all.
-        shared: names of embeddings looked up once for all rows (`peerturb.zo.coverage.shared_tables`).
+        shared: names of embeddings looked up once for all rows (`peerturb.zo.kinds.shared_tables`,
+            `peerturb.zo.lookups.shared_lookups`).
         owners: the modules inside which operations are seen (`owners_of`): all others run at full speed. None: all
             operations of the forward are seen.
     """

@@ -1,6 +1,5 @@
 """Modules whose parameters cannot be perturbed row by row: measured with written-out copies, slowly but rightly."""
 
-import copy
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from peerturb.errors import ModelError, ObjectiveError, UnfollowedError
 from peerturb.ids import RoundNumber, Slot
-from peerturb.manifest import Manifest
 from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec
 from peerturb.zo.coverage import check_written, text_slowness
 from peerturb.zo.custom import CustomEvaluator, base_spec
@@ -25,7 +23,7 @@ from peerturb.zo.objective import Objective
 from peerturb.zo.perturbation import FAMILIES
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.replay import replay
-from tests.zo_models import byte_tokenizer, manifest_of, one_thread, small_model, spec_of
+from tests.zo_models import byte_tokenizer, manifest_of, one_thread, small_model, spec_of, written_out
 
 __all__ = ["one_thread"]
 
@@ -122,22 +120,6 @@ def spec_for(module: nn.Module, *, family: str = "rank1", sides: str = "two") ->
     )
 
 
-def perturb(module: nn.Module, manifest: Manifest, spec: RunSpec, sample: int, step: float) -> Any:
-    """Return a copy whose weights are those of one side of a probe."""
-    moved = copy.deepcopy(module)
-    named = dict(moved.named_parameters(remove_duplicate=False))
-    signs = Directions(Probes.of(run_key=spec.run_key, round=0, slots=0, samples=[sample]))
-    for entry in manifest:
-        z = signs.left(entry)[0].double()
-        if entry.kind != "vector" and spec.perturbation.family == "dense":
-            z = signs.dense(entry, 0).double()
-        elif entry.kind != "vector":
-            z = torch.outer(z, signs.right(entry)[0].double())
-        tensor = named[entry.name]
-        tensor.data.copy_(tensor.double() + step * z.view(tensor.shape))
-    return moved
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "family", "sides"),
     [
@@ -164,7 +146,7 @@ def test_losses_are_those_of_written_out_weights(name: str, dtype: torch.dtype, 
         rows = [items()[index] for index in drawn[sample]]
         batch = (torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows]))
         for step, found in ((EPSILON, measured.plus[sample]), (back, measured.reference[sample])):
-            copied = perturb(module, evaluator.manifest, spec, sample, step)
+            copied = written_out(module, evaluator.manifest, spec, sample, step)
             with torch.no_grad():
                 wanted = float(cross_entropy(copied(batch[0]), batch).double().mean())
             assert found == pytest.approx(wanted, rel=1e-6 if dtype == torch.float32 else 4e-3)
@@ -319,7 +301,7 @@ def test_the_cost_of_a_language_model_is_told_beforehand() -> None:
 def perturbed_texts(model: Any, spec: RunSpec, sample: int, step: float) -> Any:
     """Return the model with perturbed weights; the replaced norm must be that of the copy."""
     moved = text_model()
-    moved.load_state_dict(perturb(model, manifest_of(model), spec, sample, step).state_dict())
+    moved.load_state_dict(written_out(model, manifest_of(model), spec, sample, step).state_dict())
     return moved
 
 
@@ -348,7 +330,7 @@ def test_texts_are_written_under_written_out_weights() -> None:
         for step, found in ((0.05, measured.plus[sample]), (-0.05, measured.reference[sample])):
             moved = small_model("llama-tied")
             norm = moved.model.norm
-            moved.load_state_dict(perturb(model, manifest_of(model), spec, sample, step).state_dict())
+            moved.load_state_dict(written_out(model, manifest_of(model), spec, sample, step).state_dict())
             weight = torch.sigmoid(norm.weight)
             norm.forward = lambda hidden, weight=weight: F.rms_norm(hidden, weight.shape) * weight
             assert found == float(judge(moved).losses(chosen, still).mean())
