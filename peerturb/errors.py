@@ -4,6 +4,7 @@ PeerturbError                 a person can act on it; the CLI prints it without 
 |-- SpecError                 a RunSpec or settings file is wrong            (exit 2)
 |-- DataError                 a data file, template or label is wrong       (exit 2)
 |-- ModelError                a model cannot be loaded or perturbed         (exit 2)
+|   `-- UnfollowedError       ... with all rows of a batch at once
 |-- ObjectiveError            a user's own loss or reward cannot be used    (exit 2)
 |-- LogError                  a run log is damaged or does not fit          (exit 3)
 |-- RefusedError              the other side said no; carries a RejectCode  (exit 4)
@@ -82,6 +83,18 @@ class ModelError(PeerturbError):
     """A model cannot be loaded, or has a parameter the engine cannot perturb."""
 
     exit_code = 2
+
+
+class UnfollowedError(ModelError):
+    """A parameter is used in a way that cannot be perturbed for every row of a batch at once."""
+
+    def __init__(self, parameter: str, why: str) -> None:
+        super().__init__(
+            f"the parameter {parameter} cannot be perturbed: the model {why}. "
+            f'Keep it frozen: add "{parameter}" (or a pattern that covers it) to model.exclude'
+        )
+        self.parameter = parameter
+        self.why = why
 
 
 class ObjectiveError(PeerturbError):

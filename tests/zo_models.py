@@ -1,12 +1,13 @@
 """Small random models, a byte tokenizer and reproducible signs for the tests of `peerturb.zo`."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
     AutoModelForCausalLM,
@@ -40,6 +41,7 @@ from transformers import (
 
 from peerturb.manifest import Manifest, Parameter
 from peerturb.spec import ModelSpec, ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec
+from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.model import build_manifest, prepare
 
 VOCABULARY = 264
@@ -235,6 +237,22 @@ def spec_of(
         round=RoundSpec(probes_max=probes),
         objective=ObjectiveSpec.model_validate({"tokens_max": 16, **(objective or {})}),
     )
+
+
+def written_out(module: nn.Module, manifest: Manifest, spec: RunSpec, sample: int, step: float) -> Any:
+    """Return a copy with the weights of one side of a probe: that of round 0, slot 0."""
+    moved = copy.deepcopy(module)
+    named = dict(moved.named_parameters(remove_duplicate=False))
+    signs = Directions(Probes.of(run_key=spec.run_key, round=0, slots=0, samples=[sample]))
+    for entry in manifest:
+        z = signs.left(entry)[0].double()
+        if entry.kind != "vector" and spec.perturbation.family == "dense":
+            z = signs.dense(entry, 0).double()
+        elif entry.kind != "vector":
+            z = torch.outer(z, signs.right(entry)[0].double())
+        tensor = named[entry.name]
+        tensor.data.copy_(tensor.double() + step * z.view(tensor.shape))
+    return moved
 
 
 class RandomSigns:

@@ -58,7 +58,11 @@ class Evaluator(Protocol[Item]):
         ...
 
     def losses(self, items: Sequence[Item], perturbation: Perturbation | None = None) -> Tensor:
-        """Return losses: [examples], or [probes, sides, examples per probe] under a perturbation."""
+        """Return losses: [examples], or [probes, sides, examples per probe] under a perturbation.
+
+        The model's forward runs inside a `PerturbedForward`, also where the weights are perturbed already
+        (`peerturb.zo.written`).
+        """
         ...
 
     def trial(self, numbers: Tensor) -> Tensor:

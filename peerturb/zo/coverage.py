@@ -1,22 +1,27 @@
 """Prove, before a run starts, that the engine perturbs every trainable parameter of a model, completely and rightly.
 
 A tiny forward with perturbed rows is compared with forwards whose parameters are replaced by perturbed copies wherever
-they appear: slow, but right for any model. A parameter the two treat differently,
-or that the model never uses, is refused by name.
+they appear: slow, but right for any model. A parameter the two treat differently forces the engine to measure in that
+slow way too; one that the model never uses is refused by name.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from peerturb.errors import ModelError
+from peerturb.errors import ModelError, UnfollowedError
 from peerturb.manifest import Manifest, Parameter
 from peerturb.zo.kinds import kind_of, shared_tables
 from peerturb.zo.perturbation import FAMILIES, HALVES
 from peerturb.zo.perturbed import PerturbedForward
+from peerturb.zo.written import Replaced
+
+if TYPE_CHECKING:
+    from peerturb.zo.batch import Evaluator
 
 PROBES = 3
 EXAMPLES = 2
@@ -74,36 +79,6 @@ class TrialSigns:
         return (left * self._right[parameter.index][probe].view(matrices, 1, columns)).view(matrices * rows, columns)
 
 
-class Replaced(TorchFunctionMode):
-    """Context in which each parameter is a perturbed copy of itself: the same for all rows, right in any operation."""
-
-    def __init__(self, parameters: Sequence[tuple[Parameter, Tensor]], signs: TrialSigns, probe: int, step: float):
-        super().__init__()
-        self._parameters = {id(tensor): (entry, tensor) for entry, tensor in parameters}
-        self._signs, self._probe, self._step = signs, probe, step
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Perform `func` on perturbed copies."""
-        given = {name: self._copy(value) for name, value in (kwargs or {}).items()}
-        return func(*(self._copy(value) for value in args), **given)
-
-    def _copy(self, value: Any) -> Any:
-        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            return type(value)(self._copy(item) for item in value) if type(value) in (list, tuple) else value
-        found = self._parameters.get(id(value))
-        if found is None:
-            return value
-        entry, tensor = found
-        z = self._signs.dense(entry, self._probe).view(tensor.shape).to(tensor.device, tensor.dtype)
-        return tensor + z * (self._step * 2.0**entry.exponent)
-
-
 Trial = Callable[[Tensor], Tensor]
 """A forward over made-up examples: their numbers, int64[n] below `EXAMPLES_MAX` on the CPU, to outputs [n, ...]."""
 
@@ -113,9 +88,27 @@ Parameters = Sequence[tuple[Parameter, Tensor]]
 
 def check_coverage(model: Any, manifest: Manifest, family: str = "rank1", *, sides: int = 2) -> None:
     """Refuse a transformers model that the engine cannot perturb wholly: see `check_trial`."""
+    check_trial(text_trial(model), _pairs(model, manifest), family, shared=shared_tables(model), sides=sides)
+
+
+def text_slowness(model: Any, manifest: Manifest, family: str, *, sides: int = 2) -> str | None:
+    """Return what measuring a transformers model slowly costs; None where all its rows can be perturbed at once.
+
+    Raises:
+        ModelError: it cannot be perturbed at all.
+    """
+    try:
+        check_coverage(model, manifest, family, sides=sides)
+    except UnfollowedError as error:
+        parameters = _pairs(model, manifest)
+        check_written(text_trial(model), parameters, error)
+        return slowness(error, parameters[0][1].dtype)
+    return None
+
+
+def _pairs(model: nn.Module, manifest: Manifest) -> list[tuple[Parameter, Tensor]]:
     named = dict(model.named_parameters(remove_duplicate=False))
-    parameters = [(entry, named[entry.name]) for entry in manifest]
-    check_trial(text_trial(model), parameters, family, shared=shared_tables(model), sides=sides)
+    return [(entry, named[entry.name]) for entry in manifest]
 
 
 def text_trial(model: Any) -> Trial:
@@ -134,6 +127,42 @@ def text_trial(model: Any) -> Trial:
         return logits
 
     return forward
+
+
+def can_follow(evaluator: "Evaluator[Any]", family: str, *, sides: int = 2) -> bool:
+    """Check an evaluator, set the `owners` it shall use, and say whether all its rows can be perturbed at once.
+
+    If not, each side of each probe must be measured by itself (`peerturb.zo.written`): a RuntimeWarning says why.
+
+    Raises:
+        ModelError: that would not be right either; see `check_written`.
+    """
+    try:
+        evaluator.owners = check_owners(
+            evaluator.trial,
+            evaluator.parameters,
+            family,
+            shared=getattr(evaluator, "shared", frozenset()),
+            sides=sides,
+            owners=evaluator.owners,
+        )
+    except UnfollowedError as error:
+        check_written(evaluator.trial, evaluator.parameters, error)
+        warnings.warn(slowness(error, evaluator.dtype), RuntimeWarning, stacklevel=3)
+        return False
+    return True
+
+
+def slowness(error: UnfollowedError, dtype: torch.dtype) -> str:
+    """Say what it costs that a parameter cannot be followed, and how to avoid it."""
+    name = str(dtype).removeprefix("torch.")
+    lost = f" The copies are {name}: what epsilon adds to a weight several hundred times as large rounds away."
+    return (
+        "losses are measured the slow way, one forward for each probe and side instead of one for many, with perturbed "
+        f"copies of the weights: the parameter {error.parameter} cannot be perturbed row by row, since the model "
+        f"{error.why}.{lost if dtype in HALVES else ''} To measure fast, freeze it and others like it: add "
+        f'"{error.parameter}" (or a pattern that covers it) to model.exclude'
+    )
 
 
 def check_owners(
@@ -177,7 +206,8 @@ def check_trial(
         sides: see `Perturbation`.
 
     Raises:
-        ModelError: names the first parameter that is unused, used in an unknown way or perturbed wrongly.
+        ModelError: names the first parameter that is unused; an `UnfollowedError` one that is used in an unknown way or
+            perturbed wrongly.
     """
     manifest = [entry for entry, _ in parameters]
     attempts = [
@@ -187,13 +217,7 @@ def check_trial(
     _perturbed(trial, parameters, attempts[0], family, shared, sides, owners)
     # Again: a tensor that the model derives once and keeps would miss the second forward.
     result, used = _perturbed(trial, parameters, attempts[0], family, shared, sides, owners)
-    unused = [entry.name for entry in manifest if entry.name not in used]
-    if unused:
-        raise ModelError(
-            f"the model never uses the parameter {unused[0]}"
-            f"{f' (nor {len(unused) - 1} more)' if len(unused) > 1 else ''} in a forward, so it cannot be "
-            f'trained. Keep it frozen: add "{unused[0]}" (or a pattern that covers it) to model.exclude'
-        )
+    _check_used(manifest, used)
     if _agrees(trial, parameters, attempts[0], result):
         return
     for signs in attempts[1:]:
@@ -203,6 +227,44 @@ def check_trial(
     if owners is not None:
         raise ModelError("a parameter is used outside the module that holds it")
     raise _culprit(trial, parameters, family, shared, sides)
+
+
+@torch.inference_mode()
+def check_written(trial: Trial, parameters: Parameters, error: UnfollowedError) -> None:
+    """Refuse a model that cannot be measured with its weights written out either.
+
+    Raises:
+        UnfollowedError: `error`, where rows depend on each other, or are all alike and do not show it.
+        ModelError: names a parameter that is unused.
+    """
+    manifest, dtype = [entry for entry, _ in parameters], parameters[0][1].dtype
+    numbers = torch.arange(EXAMPLES_MAX)
+    signs = TrialSigns(manifest, 1, epsilon=TRIAL_EPSILONS[dtype][0])
+    noise = partial(signs.dense, probe=0)
+    with Replaced(parameters, noise, signs.epsilon):
+        trial(numbers)
+    # Again: a tensor that the model derives once and keeps would miss the second forward.
+    with Replaced(parameters, noise, signs.epsilon) as mode:
+        together = trial(numbers)
+        alone = [trial(number) for number in numbers.split(1)]
+    _check_used(manifest, mode.used)
+    if any(one.shape[1:] != together.shape[1:] for one in alone):
+        return  # padded to the longest: only losses can be compared, and whoever pads does
+    apart = torch.cat(alone).double()
+    spread = float((apart - apart.mean(0)).square().sum())
+    difference = float((together.double() - apart).square().sum())
+    if not spread or difference > max(TOLERANCE[dtype] ** 2 * spread, _floor(apart, dtype)):
+        raise error
+
+
+def _check_used(manifest: Sequence[Parameter], used: Collection[str]) -> None:
+    unused = [entry.name for entry in manifest if entry.name not in used]
+    if unused:
+        raise ModelError(
+            f"the model never uses the parameter {unused[0]}"
+            f"{f' (nor {len(unused) - 1} more)' if len(unused) > 1 else ''} in a forward, so it cannot be "
+            f'trained. Keep it frozen: add "{unused[0]}" (or a pattern that covers it) to model.exclude'
+        )
 
 
 def _perturbed(
@@ -233,12 +295,16 @@ def _agrees(trial: Trial, parameters: Parameters, signs: TrialSigns, result: Ten
     difference = effect = 0.0
     for group, found in enumerate(groups):
         probe, side = divmod(group, len(groups) // PROBES)
-        with Replaced(parameters, signs, probe, -signs.epsilon if side else signs.epsilon):
+        with Replaced(parameters, partial(signs.dense, probe=probe), -signs.epsilon if side else signs.epsilon):
             truth = trial(numbers[probe]).to(result.dtype)
         difference += float((found - truth).square().sum())
         effect += float((truth - plain[probe]).square().sum())
-    floor = float(plain.square().sum()) * ROUNDINGS[dtype] * float(torch.finfo(dtype).eps) ** 2
-    return bool(difference <= max(TOLERANCE[dtype] ** 2 * effect, floor))
+    return bool(difference <= max(TOLERANCE[dtype] ** 2 * effect, _floor(plain, dtype)))
+
+
+def _floor(plain: Tensor, dtype: torch.dtype) -> float:
+    """Return the squared difference that rounding alone may make."""
+    return float(plain.square().sum()) * ROUNDINGS[dtype] * float(torch.finfo(dtype).eps) ** 2
 
 
 def _culprit(trial: Trial, parameters: Parameters, family: str, shared: Collection[str], sides: int) -> ModelError:
@@ -249,8 +315,7 @@ def _culprit(trial: Trial, parameters: Parameters, family: str, shared: Collecti
         signs = TrialSigns(manifest, PROBES, epsilon=epsilon, only=entry.name)
         result, _ = _perturbed(trial, parameters, signs, family, shared, sides)
         if not _agrees(trial, parameters, signs, result):
-            return ModelError(
-                f"the parameter {entry.name} cannot be perturbed: the model uses it in a way the engine does not "
-                f'follow (a trial forward came out wrong). Keep it frozen: add "{entry.name}" to model.exclude'
+            return UnfollowedError(
+                entry.name, "uses it in a way the engine does not follow (a trial forward came out wrong)"
             )
     return ModelError("a trial forward of the perturbed model came out wrong, and no single parameter explains it")

@@ -14,7 +14,8 @@ from peerturb.errors import ModelError, ObjectiveError
 from peerturb.manifest import Manifest, Parameter
 from peerturb.spec import ModelSpec
 from peerturb.zo.batch import Size
-from peerturb.zo.coverage import EXAMPLES_MAX
+from peerturb.zo.coverage import EXAMPLES, EXAMPLES_MAX
+from peerturb.zo.lookups import shared_lookups
 from peerturb.zo.model import TORCH_DTYPES, build_manifest
 from peerturb.zo.perturbation import Perturbation
 from peerturb.zo.perturbed import PerturbedForward
@@ -75,6 +76,7 @@ class CustomEvaluator(Generic[Item]):
         self._examples = list(examples[:EXAMPLES_MAX])
         self._outputs = 1
         self._check()
+        self.shared = shared_lookups(self.trial, self.parameters)
 
     def size(self, item: Item) -> Size:
         """See `Evaluator`."""
@@ -95,7 +97,7 @@ class CustomEvaluator(Generic[Item]):
         if perturbation is None:
             outputs = self._run(batch, len(rows))
         else:
-            with PerturbedForward(self.parameters, perturbation, rows=len(rows)):
+            with PerturbedForward(self.parameters, perturbation, rows=len(rows), shared=self.shared):
                 outputs = self._run(batch, len(rows))
         if self._per_probe:
             if perturbation is not None:
@@ -152,6 +154,9 @@ class CustomEvaluator(Generic[Item]):
         if not self._per_probe:
             for number, item in enumerate(items):
                 _same(self.losses([item])[0], losses[number], tolerance, "`loss`", number)
+        # Examples padded to other lengths give outputs of other shapes, which no trial can compare: one pair must do.
+        if len({self.trial(pair).shape for pair in torch.arange(EXAMPLES_MAX).split(EXAMPLES)}) > 1:
+            self._examples = self._examples[:EXAMPLES]
 
 
 def stack(items: Sequence[Any]) -> Any:

@@ -106,7 +106,7 @@ def _embedding(mode: Following, func: Callable[..., Any], args: tuple[Any, ...],
     settings = dict(zip(("padding_idx", "max_norm"), args[2:4], strict=False)) | kwargs
     if settings.get("max_norm") is not None:
         mode.refuse(tracked, "renormalises it while it looks up its rows (max_norm)")
-    is_shared = tracked.parameter.name in mode.shared
+    is_shared = tracked.parameter.name in mode.shared  # else its numbers are the rows', or [1, ...]
     plain = F.embedding(ids, weight) if is_shared else None
     if is_shared:
         ids = ids.expand(mode.rows, *ids.shape)
@@ -256,7 +256,8 @@ def _scaled(mode: Following, found: Tracked, x: Tensor) -> Tensor:
 
 
 def _elementwise(mode: Following, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Products and sums with a tracked vector (RMSNorm's scale, a bias added apart)."""
+    """Products, quotients, sums and differences with a tracked vector (RMSNorm's scale, a bias added apart), or with an
+    embedding's shared rows (positions)."""
     found = mode.find(args, kwargs)
     if found is None:
         return func(*args, **kwargs)
@@ -264,6 +265,9 @@ def _elementwise(mode: Following, func: Callable[..., Any], args: tuple[Any, ...
     if len(args) != 2 or kwargs:
         mode.refuse(found, f"uses it in `{func.__name__}` with further arguments")
     other = args[1] if args[0] is found.tensor else args[0]
+    if found.table is not None:
+        table = _table_beside(mode, found, found.table, other)
+        return func(*(table if value is found.tensor else value for value in args))
     if not isinstance(other, Tensor) or (other.numel() == 1 and mode.find((other,), {}) is None):
         rows = func(*(mode.vector(found) if value is found.tensor else value for value in args))
         return mode.derive(found, func(*args), rows=rows)
@@ -276,6 +280,16 @@ def _elementwise(mode: Following, func: Callable[..., Any], args: tuple[Any, ...
     grouped = mode.grouped(found, other, last)
     result = func(*(rows if value is found.tensor else grouped for value in args)).view(other.shape)
     return result if found.rows is not None else result.to(other.dtype)
+
+
+def _table_beside(mode: Following, found: Tracked, table: Tensor, other: Any) -> Tensor:
+    """Return what every row of an activation has of an embedding's shared rows, as it broadcasts over the activation's
+    last dimensions."""
+    inner = found.tensor.dim()
+    is_activation = isinstance(other, Tensor) and other.dim() > inner and other.shape[0] == mode.rows
+    if not is_activation or mode.find((other,), {}) is not None:
+        mode.refuse(found, "looks up rows of it that all examples share, and combines them with what has no examples")
+    return table.view(mode.rows, *(1,) * (other.dim() - inner - 1), *table.shape[1:])
 
 
 def _cast(mode: Following, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -321,7 +335,26 @@ PRODUCTS: tuple[Callable[..., Any], ...] = (
     Tensor.__mul__,
     Tensor.__rmul__,
 )
-SUMS: tuple[Callable[..., Any], ...] = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+OTHERS: tuple[Callable[..., Any], ...] = (
+    torch.add,
+    Tensor.add,
+    Tensor.__add__,
+    Tensor.__radd__,
+    torch.sub,
+    torch.subtract,
+    Tensor.sub,
+    Tensor.subtract,
+    Tensor.__sub__,
+    Tensor.__rsub__,
+    torch.div,
+    torch.divide,
+    torch.true_divide,
+    Tensor.div,
+    Tensor.divide,
+    Tensor.true_divide,
+    Tensor.__truediv__,
+    Tensor.__rtruediv__,
+)
 
 HANDLERS: dict[Callable[..., Any], Handler] = {
     F.linear: _linear,
@@ -349,6 +382,6 @@ HANDLERS: dict[Callable[..., Any], Handler] = {
     expert_linear: _expert_linear,
     expert_bias: _expert_bias,
     Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
-    **dict.fromkeys((*PRODUCTS, *SUMS), _elementwise),
+    **dict.fromkeys((*PRODUCTS, *OTHERS), _elementwise),
 }
 """What the engine can follow, by torch function."""

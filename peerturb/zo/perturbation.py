@@ -139,6 +139,10 @@ class Perturbation:
             self._vectors[parameter.index] = delta
         return delta
 
+    def noise(self, parameter: Parameter, probe: int) -> Tensor:
+        """Return one probe's z, written out: int8, as many elements as the parameter has, row-major."""
+        raise NotImplementedError
+
     def add_linear(
         self, parameter: Parameter, x: Tensor, y: Tensor, *, bias: Parameter | None, transposed: bool
     ) -> None:
@@ -194,6 +198,14 @@ class RankOne(Perturbation):
         super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device, sides=sides)
         self._paged = signs if isinstance(signs, PagedFactors) else None
         self._pages: dict[int, tuple[Tensor, Tensor] | None] = {}
+
+    def noise(self, parameter: Parameter, probe: int) -> Tensor:
+        """See the base class."""
+        matrices, rows, columns = parameter.stacked
+        left = self.signs.left(parameter)[probe].view(matrices, rows, 1)
+        if parameter.kind == "vector":
+            return left
+        return left * self.signs.right(parameter)[probe].view(matrices, 1, columns)
 
     def _page(self, parameter: Parameter, side: Side) -> tuple[Tensor, Tensor] | None:
         """Return one factor in the type of the activations, plain and times the steps, if its page is converted."""
@@ -302,6 +314,12 @@ class Dense(Perturbation):
     ) -> None:
         super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device, sides=sides)
         self._scratch = torch.empty(0, dtype=dtype, device=device)
+
+    def noise(self, parameter: Parameter, probe: int) -> Tensor:
+        """See the base class."""
+        if parameter.kind == "vector":
+            return self.signs.left(parameter)[probe]
+        return self.signs.dense(parameter, probe)
 
     def _matrix(self, parameter: Parameter, probe: int) -> Tensor:
         """z of one probe as a matrix [matrices * rows, columns], valid until the next call."""

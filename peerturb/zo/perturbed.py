@@ -9,17 +9,17 @@ unperturbed in silence; `peerturb.zo.coverage` checks besides, before training, 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peerturb.errors import ModelError
+from peerturb.errors import UnfollowedError
 from peerturb.manifest import Parameter
 from peerturb.zo.experts import Routing
 from peerturb.zo.following import Tracked
 from peerturb.zo.operations import HANDLERS
 from peerturb.zo.perturbation import Perturbation
+from peerturb.zo.written import Written, uses
 
 
 class PerturbedForward(TorchFunctionMode):
@@ -27,11 +27,13 @@ class PerturbedForward(TorchFunctionMode):
 
     Args:
         parameters: every trainable parameter by identity: (manifest entry, the model's tensor).
-        perturbation: what to add, or None (with no parameters) to keep `positions` only.
+        perturbation: what to add, or None (with no parameters) to keep `positions` only. `Written`: the weights are
+            perturbed already, nothing is added.
         rows: rows of the batch, a multiple of sides * probes.
         head: the output embedding; where it is applied, only `positions` of each row are kept.
         positions: [rows, kept] indices of the tokens whose logits are wanted, or None for all.
-        shared: names of embeddings looked up once for all rows (`peerturb.zo.coverage.shared_tables`).
+        shared: names of embeddings looked up once for all rows (`peerturb.zo.kinds.shared_tables`,
+            `peerturb.zo.lookups.shared_lookups`).
         owners: the modules inside which operations are seen (`owners_of`): all others run at full speed. None: all
             operations of the forward are seen.
     """
@@ -61,7 +63,8 @@ class PerturbedForward(TorchFunctionMode):
         """Names of the parameters met so far."""
         self.has_kept = False
         """True once the head was applied to `positions` only."""
-        self._tracked = {id(tensor): Tracked(parameter=entry, tensor=tensor) for entry, tensor in parameters}
+        followed = () if isinstance(perturbation, Written) else parameters
+        self._tracked = {id(tensor): Tracked(parameter=entry, tensor=tensor) for entry, tensor in followed}
         self._owners = owners
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._is_inside = False
@@ -221,7 +224,7 @@ class PerturbedForward(TorchFunctionMode):
         """View an activation as [probes, sides, rest, last].
 
         Raises:
-            ModelError: its rows cannot be told apart.
+            UnfollowedError: its rows cannot be told apart.
         """
         if value.dim() == 0 or value.shape[0] == 0 or value.shape[0] % self.rows or value.shape[-1] % last:
             self.refuse(found, f"meets an activation of shape {tuple(value.shape)}, whose rows cannot be told apart")
@@ -231,7 +234,7 @@ class PerturbedForward(TorchFunctionMode):
         """Return sides * probe + side of each routed pair: [pairs].
 
         Raises:
-            ModelError: the tokens are not those of the batch's rows.
+            UnfollowedError: the tokens are not those of the batch's rows.
         """
         if routing.tokens_total % self.rows:
             self.refuse(found, f"routes {routing.tokens_total} tokens, which are not those of {self.rows} rows")
@@ -239,18 +242,14 @@ class PerturbedForward(TorchFunctionMode):
 
     def refuse(self, found: Tracked, why: str) -> NoReturn:
         """Raise the error that names the parameter and the remedy."""
-        name = found.parameter.name
-        raise ModelError(
-            f"the parameter {name} cannot be perturbed: the model {why}. "
-            f'Keep it frozen: add "{name}" (or a pattern that covers it) to model.exclude'
-        )
+        raise UnfollowedError(found.parameter.name, why)
 
     def _pass_or_refuse(
         self, found: Tracked, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Allow questions about a parameter (its shape, dtype, ...); refuse operations that are not known."""
         result = func(*args, **kwargs)
-        if _holds_tensor(result, found.tensor):
+        if uses(func, result, found.tensor):
             self.refuse(found, f"uses it in `{getattr(func, '__qualname__', None) or func}`")
         return result
 
@@ -261,10 +260,3 @@ def owners_of(model: nn.Module, tensors: Sequence[Tensor]) -> tuple[nn.Module, .
     return tuple(
         module for module in model.modules() if any(id(tensor) in wanted for tensor in module.parameters(recurse=False))
     )
-
-
-def _holds_tensor(result: Any, source: Tensor) -> bool:
-    """True if the result is or contains a tensor other than `source` itself."""
-    if isinstance(result, (list, tuple)) and not isinstance(result, torch.Size):
-        return any(_holds_tensor(item, source) for item in result)
-    return isinstance(result, Tensor) and result is not source

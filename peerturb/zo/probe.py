@@ -18,13 +18,14 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.spec import RunSpec
 from peerturb.zo import fast
 from peerturb.zo.batch import Evaluator, Size
-from peerturb.zo.coverage import check_owners
+from peerturb.zo.coverage import can_follow
 from peerturb.zo.data import Draw
 from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.factors import PagedSigns, Pages
 from peerturb.zo.packing import Units, cheapest_cuts
 from peerturb.zo.perturbation import FAMILIES, Signs
 from peerturb.zo.room import Room
+from peerturb.zo.written import written_losses
 
 Item = TypeVar("Item")
 Forward = Callable[..., NDArray[np.float64]]
@@ -89,7 +90,8 @@ class ProbeEngine(Generic[Item]):
             memory. Where memory runs out there are fewer.
 
     Raises:
-        ModelError: the engine cannot perturb some parameter; see `peerturb.zo.coverage`.
+        ModelError: the engine cannot perturb some parameter; see `peerturb.zo.coverage`. One that it cannot follow for
+            all rows at once is no error but a warning: each side of each probe is then measured by itself.
         DataError: fewer examples than one probe needs.
         ObjectiveError: a probe's examples, which are judged together, are more than `rows_max` rows.
     """
@@ -97,15 +99,7 @@ class ProbeEngine(Generic[Item]):
     def __init__(
         self, evaluator: Evaluator[Item], spec: RunSpec, items: Sequence[Item], *, rows_max: int | None = None
     ) -> None:
-        shared: frozenset[str] = getattr(evaluator, "shared", frozenset())
-        evaluator.owners = check_owners(
-            evaluator.trial,
-            evaluator.parameters,
-            spec.perturbation.family,
-            shared=shared,
-            sides=spec.perturbation.side_count,
-            owners=evaluator.owners,
-        )
+        self._is_followed = can_follow(evaluator, spec.perturbation.family, sides=spec.perturbation.side_count)
         self.spec = spec
         self.evaluator = evaluator
         self.items = items
@@ -215,7 +209,9 @@ class ProbeEngine(Generic[Item]):
         """
         rows = len(units) * self._rows(units.together)
         is_smallest = len(units) == 1 and (units.together == 1 or self.evaluator.is_whole)
-        if is_smallest or rows <= self._limit(units.examples):  # one made before memory ran out may be too large by now
+        can_share = self._is_followed or len(units) == 1
+        # A micro-batch that was made before memory ran out may be too large by now.
+        if is_smallest or (can_share and rows <= self._limit(units.examples)):
             sums = self._room.attempt(
                 partial(forward, units),
                 rows=rows,
@@ -249,7 +245,8 @@ class ProbeEngine(Generic[Item]):
         if self._is_shared:  # all that is compared with one clean loss draws alike
             perturbation.draw_key = f"{self.spec.run_key} {round_number} {slot}".encode()
         items = [self.items[index] for index in units.examples.flatten().tolist()]
-        sums: NDArray[np.float64] = evaluator.losses(items, perturbation).sum(2).cpu().numpy()
+        measure = evaluator.losses if self._is_followed else partial(written_losses, evaluator)
+        sums: NDArray[np.float64] = measure(items, perturbation).sum(2).cpu().numpy()
         return sums
 
     def _signs(self, probes: Probes) -> Signs:
@@ -268,6 +265,11 @@ class ProbeEngine(Generic[Item]):
         Args:
             drawn: [samples, examples per probe] numbers of examples, as `drawn` returns them.
         """
+        if not self._is_followed:
+            yield from (
+                Units.of(drawn[sample : sample + 1], first=sample, is_whole=True) for sample in range(len(drawn))
+            )
+            return
         limit = self._limit(drawn)
         is_whole = self._is_whole(limit)
         typical = max(1, limit // self._rows(drawn.shape[1]))

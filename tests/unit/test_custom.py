@@ -1,6 +1,7 @@
 """A user's own module and functions: trained by the same path as any model, and refused where they cannot be right."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -161,6 +162,34 @@ def test_dictionaries_and_python_losses_serve() -> None:
     assert run.loss(rows) < before
 
 
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_examples_of_different_lengths_are_padded_by_the_user(is_slow: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(9, 6), nn.PReLU() if is_slow else nn.Tanh(), nn.Linear(6, 9))
+    lengths = [3, 5, 4, 8, 7, 6] * 4
+    rows = [torch.randint(1, 9, (length,)) for length in lengths]
+
+    def loss(outputs: Tensor, batch: Tensor) -> Tensor:
+        found = nn.functional.cross_entropy(outputs.transpose(1, 2), batch, reduction="none") * (batch > 0)
+        return found.sum(1) / (batch > 0).sum(1)
+
+    run_spec = spec(module)
+    custom: CustomEvaluator[Tensor] = CustomEvaluator(
+        module,
+        run_spec.model,
+        rows[:6],
+        loss=loss,
+        forward=lambda module, batch: module(batch),
+        collate=lambda chosen: nn.utils.rnn.pad_sequence(list(chosen), batch_first=True),
+    )
+    with pytest.warns(RuntimeWarning, match=r"1\.weight") if is_slow else nullcontext():
+        run = LocalRun(custom, run_spec, [rows])
+    before = run.loss(rows)
+    for _ in run.run(15):
+        pass
+    assert run.loss(rows) < before
+
+
 class Convolution(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -171,9 +200,9 @@ class Convolution(nn.Module):
         return self.last(self.first(x[:, None]).flatten(1))  # type: ignore[no-any-return]
 
 
-def test_what_cannot_be_perturbed_is_named_and_may_be_frozen() -> None:
+def test_what_cannot_be_followed_is_named_and_may_be_frozen() -> None:
     module = Convolution()
-    with pytest.raises(ModelError, match=r"first\.(weight|bias) cannot be perturbed"):
+    with pytest.warns(RuntimeWarning, match=r"slow way.*first\.(weight|bias) cannot be perturbed row by row"):
         LocalRun(CustomEvaluator(module, base_spec(module, name="c"), items(), loss=squares), spec(module), [items()])
     frozen = spec(module, exclude=("first.*",))
     run = LocalRun(CustomEvaluator(module, frozen.model, items(), loss=squares), frozen, [items()])
@@ -188,7 +217,7 @@ def test_a_step_function_as_loss_does_not_hide_a_parameter_from_the_check() -> N
     custom = CustomEvaluator(
         module, base_spec(module, name="c"), items(), loss=lambda outputs, batch: (outputs[:, 0] > 9).double()
     )
-    with pytest.raises(ModelError, match="cannot be perturbed"):
+    with pytest.warns(RuntimeWarning, match="cannot be perturbed row by row"):
         LocalRun(custom, spec(module), [items()])
 
 

@@ -100,23 +100,28 @@ class Replica:
 
     def _engine(self, model: Any, cast: Any) -> tuple[Manifest | None, Any, Check]:
         from peerturb.zo.adapters import attach_adapter
-        from peerturb.zo.coverage import check_coverage
+        from peerturb.zo.coverage import text_slowness
         from peerturb.zo.model import build_manifest
         from peerturb.zo.shadow import Shadow
 
+        rules = self.spec.perturbation
         try:
             attach_adapter(model, self.spec.model, seed=self.spec.seed)
             manifest = build_manifest(model, self.spec.model)
             evaluated = model if cast is None else Shadow(model, cast).model
-            check_coverage(evaluated, manifest, self.spec.perturbation.family, sides=self.spec.perturbation.side_count)
+            slowness = text_slowness(evaluated, manifest, rules.family, sides=rules.side_count)
         except ModelError as error:
             remedy = "the run's operator must exclude that parameter (model.exclude)"
             return None, None, fail("engine", str(error), remedy)
         total = sum(entry.elements for entry in manifest)
+        found = f"all {len(manifest)} trainable tensors ({total:,} parameters) can be perturbed"
+        if slowness is None:
+            return manifest, evaluated, ok("engine", found)
+        remedy = "the run's operator may exclude what cannot be followed (model.exclude)"
         return (
             manifest,
             evaluated,
-            ok("engine", f"all {len(manifest)} trainable tensors ({total:,} parameters) can be perturbed"),
+            Check(name="engine", outcome="ok", found=f"{found}, but warning: {slowness}", remedy=remedy),
         )
 
     def _data(self, model: Any, tokenizer: Any, manifest: Manifest) -> tuple[Any, Check]:
