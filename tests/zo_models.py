@@ -226,11 +226,12 @@ def spec_of(
     probes: int = 6,
     epsilon: float = 1e-3,
     sides: str = "two",
+    digest: str = "0" * 64,
 ) -> RunSpec:
-    """Return a RunSpec for a small model."""
+    """Return a RunSpec for a small model; `digest` where somebody compares it."""
     return RunSpec(
         name="test",
-        model=ModelSpec(name="test", digest="0" * 64),
+        model=ModelSpec(name="test", digest=digest),
         perturbation=PerturbationSpec.model_validate({"family": family, "epsilon": epsilon, "sides": sides}),
         round=RoundSpec(probes_max=probes),
         objective=ObjectiveSpec.model_validate({"tokens_max": 16, **(objective or {})}),
