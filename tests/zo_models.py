@@ -149,6 +149,8 @@ CLASSIFIERS: dict[str, Callable[[], Any]] = {
     "modernbert": lambda: ModernBertConfig(**BERT, cls_token_id=0, sep_token_id=1),
     "llama": lambda: LlamaConfig(**LLAMA),
     "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=1),
+    "t5": lambda: T5Config(**T5),
+    "bart": lambda: BartConfig(**BART),
 }
 SEQ2SEQ: dict[str, Callable[[], Any]] = {
     "t5": lambda: T5Config(**T5),

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from peerturb.errors import ModelError
 from peerturb.manifest import Manifest, Parameter
-from peerturb.zo.kinds import kind_of, shared_tables
+from peerturb.zo.kinds import end_token, kind_of, shared_tables
 from peerturb.zo.perturbation import FAMILIES, HALVES
 from peerturb.zo.perturbed import PerturbedForward
 
@@ -123,7 +123,10 @@ def text_trial(model: Any) -> Trial:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     device = next(model.parameters()).device
     ids = (torch.arange(EXAMPLES_MAX * TOKENS, device=device).view(EXAMPLES_MAX, TOKENS) * 7 + 3) % vocabulary
-    kind = kind_of(model)
+    kind, end = kind_of(model), end_token(model)
+    if end is not None:
+        ids[ids == end] = (end + 1) % vocabulary
+        ids[:, -1] = end
 
     def forward(numbers: Tensor) -> Tensor:
         chosen = ids[numbers.to(device)]

@@ -46,6 +46,8 @@ class Form:
     """Token that fills rows up."""
     begin: int = 0
     """Token a decoder starts with (`seq2seq` only)."""
+    end: int | None = None
+    """Token that must stand at the end of every text and nowhere else; None: no such rule."""
     positions_max: int | None = None
     """Longest sequence, or None if the configuration does not say."""
 
@@ -53,12 +55,13 @@ class Form:
     def of(cls, model: Any) -> Self:
         """Return the form of a model that `peerturb.zo.model.load_model` has loaded."""
         config = model.config
-        pad = config.get_text_config().pad_token_id
+        pad, end = config.get_text_config().pad_token_id or 0, end_token(model)
         begin = getattr(config, "decoder_start_token_id", None)
         return cls(
             kind=kind_of(model),
-            pad=0 if pad is None else pad,
-            begin=(0 if pad is None else pad) if begin is None else begin,
+            pad=int(end == 0) if pad == end else pad,
+            begin=pad if begin is None else begin,
+            end=end,
             positions_max=positions_max(model),
         )
 
@@ -88,6 +91,13 @@ def kind_of(model: Any) -> ModelKind:
     if type(inner).__name__.endswith("ForSequenceClassification"):
         return "classes"
     return "seq2seq" if getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else "causal"
+
+
+def end_token(model: Any) -> int | None:
+    """Return the token where a classifier reads, if it looks for it: an encoder-decoder's (T5, BART) looks for the
+    text's end and wants as many of them in every row. None for others."""
+    is_one = kind_of(model) == "classes" and getattr(model.config, "is_encoder_decoder", False)
+    return model.config.eos_token_id if is_one else None
 
 
 def output_head(model: Any) -> frozenset[str]:

@@ -143,6 +143,19 @@ def test_a_decoder_writes_labels_too() -> None:
     assert result.accuracy is not None
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_every_text_of_an_encoder_decoders_classifier_has_one_end(name: str) -> None:
+    """The head reads at the texts' ends, and the model wants as many of them in every row."""
+    runner = runner_of("classes", name)
+    texts = ("short", "one </s> within </s>", "a text that is longer than all the tokens it may have")
+    examples = [Example(prompt=text, label="good", where=text) for text in texts]
+    items = runner.objective.encode(examples, source="x")
+    assert [(item.tokens == 1).sum() for item in items] == [1, 1, 1]
+    assert [item.tokens[-1] for item in items] == [1, 1, 1]
+    assert len(items[2].tokens) == 24
+    assert runner.losses(items).isfinite().all()
+
+
 def test_classes_are_evaluated_and_answered() -> None:
     runner = runner_of("classes", "bert")
     items = examples_of(runner)
