@@ -1,5 +1,6 @@
 """The kinds of transformers models a run can train, and what an objective must know of each. Knows no weights."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -18,6 +19,13 @@ turns a whole sequence into one logit a class."""
 
 SHARED_TABLE = "relative_attention_bias"
 """How transformers names embeddings of relative positions, which are looked up once for all rows of a batch."""
+
+
+ABSOLUTE_TABLE = re.compile(r"(.*\.)?(wpe|\w*position\w*)")
+"""How modules are named that hold one vector for each place of a sequence."""
+
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+"""Fields of a configuration that say how many places there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +128,19 @@ def shared_tables(model: nn.Module) -> frozenset[str]:
 
 
 def positions_max(model: Any) -> int | None:
-    """Return the longest sequence the model was made for, or None if its configuration does not say."""
+    """Return the longest sequence the model was made for, or None if nothing limits it or its configuration is silent.
+
+    Where positions are rotated (Llama) that is what the configuration says: more would not fail, but was not trained.
+    """
     config = model.config.get_text_config()
-    if hasattr(config, "relative_attention_num_buckets"):
-        return None  # relative positions never run out
-    for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
-        value = getattr(config, field, None)
-        if isinstance(value, int) and value > 0:
-            # RoBERTa and its kin number positions from behind the padding token's.
-            offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-            return value - offset
-    return None
+    sizes = (getattr(config, field, None) for field in POSITIONS)
+    size = next((value for value in sizes if isinstance(value, int) and value > 0), None)
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == size and ABSOLUTE_TABLE.fullmatch(name)
+    ]
+    if size is None or (hasattr(config, "relative_attention_num_buckets") and not tables):
+        return None  # relative positions alone never run out
+    # RoBERTa and its kin number positions from behind the padding token's, which their table knows.
+    return size - max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
