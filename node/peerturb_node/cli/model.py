@@ -1,6 +1,7 @@
 """`peerturb model`: a base model's digest and tensors, and a RUN.toml to start from."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +67,7 @@ def model(
     from peerturb.zo.adapters import attach_adapter
     from peerturb.zo.kinds import Task, kind_of, positions_max
     from peerturb.zo.model import base_digest, build_manifest, load_model
-    from peerturb.zo.quantised import quantise_base
+    from peerturb.zo.quantised import Packing, quantise_base
 
     _check(dtype, adapter, target, quantise, objective, classes)
     if out is not None and out.expanduser().exists():
@@ -87,6 +88,7 @@ def model(
     spec = _read(title, seed, {**planned, "digest": base_digest(loaded, dtype)})  # type: ignore[arg-type]
     attach_adapter(loaded, spec, seed=seed)
     manifest = build_manifest(loaded, spec)
+    packing = Packing.of(loaded, {entry.name for entry in manifest})
     total = sum(entry.elements for entry in manifest)
     section = model_toml(spec)
     whole = run_toml(
@@ -96,9 +98,12 @@ def model(
         _write(out.expanduser(), whole)
     if as_json:
         document = _document(spec, manifest, manifest_digest(manifest), type(loaded).__name__)
+        document["quantised"] = None if packing is None else asdict(packing)
         typer.echo(json.dumps({**document, "toml": section, "run_toml": whole}, indent=2))
         return
     _show(spec, manifest, type(loaded).__name__)
+    if packing is not None:
+        typer.echo(f"\n{packing.text}")
     if classes:
         typer.echo(f'\nThe digest holds for objective.kind = "classes" with {classes} classes and seed = {seed}')
     typer.echo(f"\n{whole}" if out is None else f"\nRunSpec written to {out}: look at its [objective]")
