@@ -84,13 +84,19 @@ def kind_for(config: Any, task: Task) -> ModelKind:
         return "classes"
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if known and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    if is_encoder(config):
         raise ModelError(
             f"the model is an encoder ({config.model_type}): each token sees those after it, so it cannot learn to "
             'predict them. Train it with objective.kind = "classes" (`peerturb model --classes N`)'
         )
     return "causal"
+
+
+def is_encoder(config: Any) -> bool:
+    """True if the library would build a language model from the configuration whose tokens see those after them."""
+    kind = config.model_type
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return known and not getattr(config, "is_decoder", False)
 
 
 def kind_of(model: Any) -> ModelKind:

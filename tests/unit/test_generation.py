@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from peerturb.errors import ObjectiveError
 from peerturb.ids import RoundNumber, Slot
@@ -15,7 +16,7 @@ from peerturb.zo.local import LocalRun
 from peerturb.zo.model import base_digest
 from peerturb.zo.perturbation import FAMILIES
 from peerturb.zo.probe import ProbeEngine
-from tests.zo_models import RandomSigns, byte_tokenizer, manifest_of, one_thread, small_model, spec_of
+from tests.zo_models import BERT, RandomSigns, byte_tokenizer, manifest_of, one_thread, small_model, spec_of
 
 __all__ = ["one_thread"]
 
@@ -146,6 +147,20 @@ def test_misuse_is_told(changes: dict[str, Any], items: list[str], message: str)
     model = small_model("llama-tied")
     with pytest.raises(ObjectiveError, match=message):
         evaluator(model, manifest_of(model), **changes).losses(items)
+
+
+def test_models_that_do_not_write_are_refused() -> None:
+    encoder = BertForMaskedLM(BertConfig(**BERT))
+    for model, name in (
+        (small_model("t5", kind="seq2seq"), "T5ForConditionalGeneration"),
+        (small_model("bert", kind="classes"), "BertForSequenceClassification"),
+        (small_model("llama", kind="classes"), "LlamaForSequenceClassification"),
+        (encoder, "BertForMaskedLM"),
+        (encoder.bert, "BertModel"),
+        (torch.nn.Linear(2, 2), "Linear"),
+    ):
+        with pytest.raises(ObjectiveError, match=f"needs a causal language model .* not {name}: encoder-decoders"):
+            evaluator(model, manifest_of(model))
 
 
 def test_a_reward_that_is_not_finite_makes_a_void_code() -> None:
