@@ -5,6 +5,7 @@ machine gets the same bits. It knows nothing of weights, peers or the network.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -139,6 +140,24 @@ def step_size(
     rate = learning_rate(step, round, total_rounds, fraction=fraction)
     alpha = rate * float(scale) / count if step.rule == "sgd" else rate / (count * math.sqrt(squares / count))
     return np.float32(min(alpha, STEP_MAX))
+
+
+def mean_loss(parts: Iterable[tuple[Codes, float]]) -> float:
+    """Return the loss of a sealed round in f64, before it is rounded to f32; NaN if nothing counts.
+
+    The mean of the finite losses, each weighted by its contribution's valid codes, in the order given.
+
+    Args:
+        parts: codes and loss, an f32 value, of each contribution, in the order of slots.
+    """
+    total, weights = 0.0, 0
+    for codes, loss in parts:
+        values = _as_codes(codes)
+        weight = len(values) - int(np.count_nonzero(values == VOID))
+        if weight and math.isfinite(loss):
+            total += loss * weight
+            weights += weight
+    return total / weights if weights else math.nan
 
 
 def _as_codes(codes: Codes) -> NDArray[np.int8]:

@@ -58,7 +58,10 @@ def preset(parameters: int, kind: str = "text", *, dtype: DType = "float32", is_
         epsilon = 1e-3
         why["epsilon"] = "float32: 1e-4 learns as fast, 1e-2 on one of two models slower"
     rate = _interpolated(parameters)
-    why["learning_rate"] = f"{_evidence(parameters)}; `peerturb tune` checks it"
+    evidence = (
+        "a rate of whole models, by size: none was measured for adapters" if is_adapter else _evidence(parameters)
+    )
+    why["learning_rate"] = f"{evidence}; `peerturb tune` checks it"
     probes = 128 if parameters < LARGE else 64
     why["probes_max"] = "of each node; aim at 256 or more a round from all together"
     budget_ms = 0 if parameters < LARGE else 20_000
@@ -119,29 +122,37 @@ def _count(parameters: int) -> str:
 
 
 _OBJECTIVES = {
-    "text": ['kind = "text"', 'template = "{text}"', "tokens_max = 64"],
+    "text": ['kind = "text"', 'template = "{text}"'],
     "completion": [
         'kind = "completion"', 'template = "{prompt}"  # fields of your data stand in braces',
-        'completion = " {answer}"', "tokens_max = 256",
+        'completion = " {answer}"',
     ],
     "labels": [
         'kind = "labels"', 'template = "{text} It was"  # the words of a label go on from here',
-        'label_field = "label"', 'labels = { 0 = " terrible", 1 = " great" }', "tokens_max = 64",
+        'label_field = "label"', 'labels = { 0 = " terrible", 1 = " great" }',
     ],
     "classes": [
-        'kind = "classes"', 'template = "{text}"', 'label_field = "label"', "tokens_max = 64",
+        'kind = "classes"', 'template = "{text}"', 'label_field = "label"',
     ],
 }  # fmt: skip
+
+TOKENS_MAX = {"text": 64, "completion": 256, "labels": 64, "classes": 64}
+"""Longest sequence to begin with, where the model has positions for it."""
 
 KINDS = tuple(_OBJECTIVES)
 """Objectives that `run_toml` can begin."""
 
 
+def _toml(value: str | list[str]) -> str:
+    """Write a text or list of texts as TOML, which knows no pairs of surrogates."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def model_toml(model: ModelSpec) -> str:
     """Return the `[model]` section of RUN.toml; with an adapter, RUN.toml must give a seed too."""
-    lines = ["[model]", f"name = {json.dumps(model.name)}", f'digest = "{model.digest}"', f'dtype = "{model.dtype}"']
+    lines = ["[model]", f"name = {_toml(model.name)}", f'digest = "{model.digest}"', f'dtype = "{model.dtype}"']
     if model.exclude:
-        lines.append(f"exclude = {json.dumps(list(model.exclude))}")
+        lines.append(f"exclude = {_toml(list(model.exclude))}")
     if model.quantise is not None:
         lines.append(f'quantise = "{model.quantise}"')
     if model.adapter is not None:
@@ -149,16 +160,25 @@ def model_toml(model: ModelSpec) -> str:
         lines += ["", "[model.adapter]", f'kind = "{adapter.kind}"', f"rank = {adapter.rank}"]
         if adapter.kind == "lora":
             lines.append(f"alpha = {number(adapter.alpha)}")
-        lines.append(f"targets = {json.dumps(list(adapter.targets))}")
+        lines.append(f"targets = {_toml(list(adapter.targets))}")
     return "\n".join(lines)
 
 
 def _class_lines(classes: int) -> list[str]:
-    values = json.dumps([str(number) for number in range(classes)])
+    values = _toml([str(number) for number in range(classes)])
     return [f"classes = {values}  # the values of label_field in your data"] if classes else []
 
 
-def run_toml(model: ModelSpec, *, name: str, parameters: int, kind: str, seed: int = 0, classes: int = 0) -> str:
+def run_toml(
+    model: ModelSpec,
+    *,
+    name: str,
+    parameters: int,
+    kind: str,
+    seed: int = 0,
+    classes: int = 0,
+    positions_max: int | None = None,
+) -> str:
     """Return a whole RUN.toml to start from, each chosen value with its reason.
 
     Args:
@@ -168,6 +188,7 @@ def run_toml(model: ModelSpec, *, name: str, parameters: int, kind: str, seed: i
         kind: of the objective, one of `KINDS`.
         seed: of the run; written out where first values follow from it.
         classes: outputs of the head (`classes` only).
+        positions_max: the model's, None if it has no limit.
     """
     chosen = preset(parameters, kind, dtype=model.dtype, is_adapter=model.adapter is not None)
 
@@ -176,7 +197,7 @@ def run_toml(model: ModelSpec, *, name: str, parameters: int, kind: str, seed: i
 
     lines = [
         "# What all peers of the run agree on.",
-        f"name = {json.dumps(name)}",
+        f"name = {_toml(name)}",
         *([f"seed = {seed}"] if seed or classes or model.adapter is not None else []),
         "",
         model_toml(model),
@@ -196,6 +217,7 @@ def run_toml(model: ModelSpec, *, name: str, parameters: int, kind: str, seed: i
         "",
         "[objective]",
         *_OBJECTIVES[kind],
+        f"tokens_max = {min(TOKENS_MAX[kind], positions_max or TOKENS_MAX[kind])}",
         *_class_lines(classes),
         line("examples_per_probe", str(chosen.examples_per_probe), "examples_per_probe"),
         "eval_every = 20",

@@ -151,6 +151,8 @@ CLASSIFIERS: dict[str, Callable[[], Any]] = {
     "modernbert": lambda: ModernBertConfig(**BERT, cls_token_id=0, sep_token_id=1),
     "llama": lambda: LlamaConfig(**LLAMA),
     "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=1),
+    "t5": lambda: T5Config(**T5),
+    "bart": lambda: BartConfig(**BART),
 }
 SEQ2SEQ: dict[str, Callable[[], Any]] = {
     "t5": lambda: T5Config(**T5),
@@ -228,11 +230,12 @@ def spec_of(
     probes: int = 6,
     epsilon: float = 1e-3,
     sides: str = "two",
+    digest: str = "0" * 64,
 ) -> RunSpec:
-    """Return a RunSpec for a small model."""
+    """Return a RunSpec for a small model; `digest` where somebody compares it."""
     return RunSpec(
         name="test",
-        model=ModelSpec(name="test", digest="0" * 64),
+        model=ModelSpec(name="test", digest=digest),
         perturbation=PerturbationSpec.model_validate({"family": family, "epsilon": epsilon, "sides": sides}),
         round=RoundSpec(probes_max=probes),
         objective=ObjectiveSpec.model_validate({"tokens_max": 16, **(objective or {})}),

@@ -15,7 +15,7 @@ Event = Mapping[str, Any]
 
 KINDS = {
     "start": "version name key coordinator run spec state compute device",
-    "model": "parameters tensors dtype digest seconds",
+    "model": "parameters tensors dtype digest seconds quantised",
     "restored": "round position checkpoint",
     "connecting": "attempt",
     "joined": "slot position head",
@@ -127,6 +127,7 @@ def sentence(event: Event) -> str:
             return (
                 f"model: {event['parameters']:,} parameters in {event['tensors']} tensors, {event['dtype']}, "
                 f"digest {event['digest'][:8]}, loaded in {event['seconds']:.1f} s"
+                + (f"; {event['quantised']}" if event.get("quantised") else "")
             )
         case "restored":
             saved = f"checkpoint after {event['checkpoint']} rounds" if event["checkpoint"] else "no checkpoint"

@@ -167,6 +167,7 @@ def _make_compute(settings: NodeSettings, spec: RunSpec, events: Events) -> Comp
         dtype=spec.model.dtype,
         digest=compute.base_digest.hex(),
         seconds=round(time.perf_counter() - started_s, 3),
+        quantised=None if compute.packing is None else compute.packing.text,
     )
     if compute.warning is not None:
         events.emit("notice", code="epsilon", text=compute.warning)

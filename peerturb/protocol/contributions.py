@@ -1,12 +1,11 @@
 """Contributions to the open round: kept once per slot, and turned into a sealed round."""
 
-import math
 from dataclasses import dataclass, field
 
-from peerturb import limits
+from peerturb import codec, limits
+from peerturb.floats import f32
 from peerturb.ids import Slot
-from peerturb.protocol.floats import f32
-from peerturb.protocol.ledger import VOID_BYTE, Ledger
+from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.messages import Contribution
 from peerturb.protocol.records import RoundSealed
 
@@ -66,20 +65,9 @@ class Contributions:
         return RoundSealed(
             round=opened.round,
             alpha=ledger.alpha_for(codes),
-            loss=_mean_loss(parts),
+            loss=f32(codec.mean_loss((part.codes, part.loss) for part in parts)),
             digest=digest,
             slots=tuple(chosen),
             counts=tuple(len(part.codes) for part in parts),
             codes=codes,
         )
-
-
-def _mean_loss(parts: list[Contribution]) -> float:
-    """Mean of the finite losses weighted by valid codes, in f64 in the order of slots, as f32; NaN if there is none."""
-    total, weights = 0.0, 0
-    for part in parts:
-        weight = len(part.codes) - part.codes.count(VOID_BYTE)
-        if weight and math.isfinite(part.loss):
-            total += part.loss * weight
-            weights += weight
-    return f32(total / weights) if weights else math.nan

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import assert_never
 
 from peerturb.errors import RejectCode
+from peerturb.floats import f32
 from peerturb.ids import Position, RoundNumber, Slot, short_hex
 from peerturb.protocol import admission
 from peerturb.protocol.contributions import Contributions
-from peerturb.protocol.floats import f32
 from peerturb.protocol.ledger import IllegalRecordError, Ledger
 from peerturb.protocol.membership import Lease, Link, Membership
 from peerturb.protocol.messages import Contribution, Disconnected, Evaluation, FromPeer, Hello, Leave, Proof, Welcome

@@ -11,9 +11,9 @@ from typing import assert_never
 
 from peerturb import codec, limits
 from peerturb.errors import LogError
+from peerturb.floats import f32, is_f32
 from peerturb.ids import PeerKey, Position, RoundNumber, Slot, short_hex
 from peerturb.plateau import Plateau
-from peerturb.protocol.floats import f32, is_f32
 from peerturb.protocol.records import (
     Evaluated,
     LeaveReason,
@@ -25,8 +25,8 @@ from peerturb.protocol.records import (
     RunFinished,
     RunStarted,
 )
-from peerturb.protocol.trend import Trend
 from peerturb.spec import RunSpec
+from peerturb.trend import Trend
 
 _START = Position(0)
 

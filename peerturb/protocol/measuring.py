@@ -1,7 +1,7 @@
 """A peer's measuring of the open round: what is being measured, what was contributed last, and whether it is said."""
 
+from peerturb.floats import f32
 from peerturb.ids import RoundNumber
-from peerturb.protocol.floats import f32
 from peerturb.protocol.messages import Contribution
 from peerturb.protocol.outputs import CancelMeasure, Measure, PeerOutput, Say
 from peerturb.protocol.probing import ProbeBudget

@@ -11,9 +11,9 @@ from typing import assert_never
 
 from peerturb import limits
 from peerturb.errors import RejectCode
+from peerturb.floats import f32
 from peerturb.ids import PeerKey, RoundNumber, Slot, short_hex
 from peerturb.protocol.backoff import HANDSHAKE_MS_MAX, is_worth_retrying, wait_ms
-from peerturb.protocol.floats import f32
 from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.measuring import Measuring
 from peerturb.protocol.messages import (

@@ -4,8 +4,8 @@ import math
 
 from peerturb import limits
 from peerturb.errors import RejectCode
+from peerturb.floats import is_f32
 from peerturb.ids import PeerKey, Position, RoundNumber, Slot
-from peerturb.protocol.floats import is_f32
 from peerturb.wire.errors import WireError
 
 DIGEST_BYTES = 32

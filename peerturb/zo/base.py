@@ -43,11 +43,25 @@ def open_base(
         RefusedError: the base weights are not the run's; the message has both digests.
     """
     model, tokenizer, digest = load_base(source, spec, device=device)
+    check_base(spec, digest, holder=repr(str(source)), remedy="get the same model, or name its folder with --model")
+    attach_adapter(model, spec.model, seed=spec.seed)
+    return model, tokenizer
+
+
+def check_base(spec: RunSpec, digest: str, *, holder: str, remedy: str) -> None:
+    """Refuse base weights that are not the run's.
+
+    Args:
+        spec: the run's.
+        digest: of the base weights found, hexadecimal.
+        holder, remedy: who has them, and what to do about it, for the message.
+
+    Raises:
+        RefusedError: they differ; the message has both digests.
+    """
     if digest != spec.model.digest:
         raise RefusedError(
             RejectCode.MODEL_MISMATCH,
             f"the base weights differ: the run wants {spec.model.name!r} with digest {spec.model.digest} "
-            f"({spec.model.dtype}), {str(source)!r} has {digest}; get the same model, or name its folder with --model",
+            f"({spec.model.dtype}), {holder} has {digest}; {remedy}",
         )
-    attach_adapter(model, spec.model, seed=spec.seed)
-    return model, tokenizer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peerturb.errors import ModelError, UnfollowedError
 from peerturb.manifest import Manifest, Parameter
-from peerturb.zo.kinds import kind_of, shared_tables
+from peerturb.zo.kinds import end_token, kind_of, shared_tables
 from peerturb.zo.perturbation import FAMILIES, HALVES
 from peerturb.zo.perturbed import PerturbedForward
 from peerturb.zo.written import Replaced
@@ -116,7 +116,10 @@ def text_trial(model: Any) -> Trial:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     device = next(model.parameters()).device
     ids = (torch.arange(EXAMPLES_MAX * TOKENS, device=device).view(EXAMPLES_MAX, TOKENS) * 7 + 3) % vocabulary
-    kind = kind_of(model)
+    kind, end = kind_of(model), end_token(model)
+    if end is not None:
+        ids[ids == end] = (end + 1) % vocabulary
+        ids[:, -1] = end
 
     def forward(numbers: Tensor) -> Tensor:
         chosen = ids[numbers.to(device)]

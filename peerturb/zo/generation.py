@@ -21,7 +21,7 @@ from peerturb.errors import ObjectiveError
 from peerturb.manifest import Manifest, Parameter
 from peerturb.zo.batch import Size
 from peerturb.zo.coverage import Trial, text_trial
-from peerturb.zo.model import positions_max
+from peerturb.zo.kinds import is_encoder, kind_of, positions_max
 from peerturb.zo.need import cache_width
 from peerturb.zo.perturbation import Perturbation
 from peerturb.zo.perturbed import PerturbedForward
@@ -56,7 +56,7 @@ class GenerationEvaluator(Generic[Item]):
         writing: how texts are written.
 
     Raises:
-        ObjectiveError: the settings are impossible for this model.
+        ObjectiveError: the model is no causal language model, or the settings are impossible for it.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class GenerationEvaluator(Generic[Item]):
         writing: Writing | None = None,
     ) -> None:
         named = dict(model.named_parameters(remove_duplicate=False))
-        head = model.get_output_embeddings()
+        head = _writing_head(model)
         self.writing = writing or Writing()
         if self.writing.tokens_max < 1 or self.writing.temperature < 0:
             raise ObjectiveError("tokens_max must be at least 1 and the temperature at least 0")
@@ -81,7 +81,7 @@ class GenerationEvaluator(Generic[Item]):
         self.dtype: torch.dtype = self.parameters[0][1].dtype
         self.trial: Trial = text_trial(model)
         self.is_whole = False
-        self._head: Tensor | None = None if head is None else head.weight
+        self._head: Tensor = head.weight
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._cache_width = cache_width(model)
         self._reward, self._prompt = reward, prompt
@@ -178,6 +178,23 @@ class GenerationEvaluator(Generic[Item]):
             return float(value)
         except (TypeError, ValueError) as error:
             raise ObjectiveError(f"`reward` returned {type(value).__name__}; it must return a number") from error
+
+
+def _writing_head(model: Any) -> Any:
+    """Return the layer that turns the last hidden states into logits.
+
+    Raises:
+        ObjectiveError: the model does not write a text token by token after its prompt.
+    """
+    config = getattr(model, "config", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    is_causal = head is not None and kind_of(model) == "causal" and not is_encoder(config)
+    if not is_causal:
+        raise ObjectiveError(
+            f"a reward over generated text needs a causal language model (Llama, GPT-2 and others), not "
+            f"{type(model).__name__}: encoder-decoders, encoders and classifiers are not supported"
+        )
+    return head
 
 
 class _Draws:

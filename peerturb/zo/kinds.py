@@ -1,5 +1,6 @@
 """The kinds of transformers models a run can train, and what an objective must know of each. Knows no weights."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -18,6 +19,13 @@ turns a whole sequence into one logit a class."""
 
 SHARED_TABLE = "relative_attention_bias"
 """How transformers names embeddings of relative positions, which are looked up once for all rows of a batch."""
+
+
+ABSOLUTE_TABLE = re.compile(r"(.*\.)?(wpe|\w*position\w*)")
+"""How modules are named that hold one vector for each place of a sequence."""
+
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+"""Fields of a configuration that say how many places there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +54,8 @@ class Form:
     """Token that fills rows up."""
     begin: int = 0
     """Token a decoder starts with (`seq2seq` only)."""
+    end: int | None = None
+    """Token that must stand at the end of every text and nowhere else; None: no such rule."""
     positions_max: int | None = None
     """Longest sequence, or None if the configuration does not say."""
 
@@ -53,12 +63,13 @@ class Form:
     def of(cls, model: Any) -> Self:
         """Return the form of a model that `peerturb.zo.model.load_model` has loaded."""
         config = model.config
-        pad = config.get_text_config().pad_token_id
+        pad, end = config.get_text_config().pad_token_id or 0, end_token(model)
         begin = getattr(config, "decoder_start_token_id", None)
         return cls(
             kind=kind_of(model),
-            pad=0 if pad is None else pad,
-            begin=(0 if pad is None else pad) if begin is None else begin,
+            pad=int(end == 0) if pad == end else pad,
+            begin=pad if begin is None else begin,
+            end=end,
             positions_max=positions_max(model),
         )
 
@@ -73,13 +84,19 @@ def kind_for(config: Any, task: Task) -> ModelKind:
         return "classes"
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if known and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    if is_encoder(config):
         raise ModelError(
             f"the model is an encoder ({config.model_type}): each token sees those after it, so it cannot learn to "
             'predict them. Train it with objective.kind = "classes" (`peerturb model --classes N`)'
         )
     return "causal"
+
+
+def is_encoder(config: Any) -> bool:
+    """True if the library would build a language model from the configuration whose tokens see those after them."""
+    kind = config.model_type
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return known and not getattr(config, "is_decoder", False)
 
 
 def kind_of(model: Any) -> ModelKind:
@@ -88,6 +105,13 @@ def kind_of(model: Any) -> ModelKind:
     if type(inner).__name__.endswith("ForSequenceClassification"):
         return "classes"
     return "seq2seq" if getattr(getattr(inner, "config", None), "is_encoder_decoder", False) else "causal"
+
+
+def end_token(model: Any) -> int | None:
+    """Return the token where a classifier reads, if it looks for it: an encoder-decoder's (T5, BART) looks for the
+    text's end and wants as many of them in every row. None for others."""
+    is_one = kind_of(model) == "classes" and getattr(model.config, "is_encoder_decoder", False)
+    return model.config.eos_token_id if is_one else None
 
 
 def output_head(model: Any) -> frozenset[str]:
@@ -110,14 +134,19 @@ def shared_tables(model: nn.Module) -> frozenset[str]:
 
 
 def positions_max(model: Any) -> int | None:
-    """Return the longest sequence the model was made for, or None if its configuration does not say."""
+    """Return the longest sequence the model was made for, or None if nothing limits it or its configuration is silent.
+
+    Where positions are rotated (Llama) that is what the configuration says: more would not fail, but was not trained.
+    """
     config = model.config.get_text_config()
-    if hasattr(config, "relative_attention_num_buckets"):
-        return None  # relative positions never run out
-    for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"):
-        value = getattr(config, field, None)
-        if isinstance(value, int) and value > 0:
-            # RoBERTa and its kin number positions from behind the padding token's.
-            offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-            return value - offset
-    return None
+    sizes = (getattr(config, field, None) for field in POSITIONS)
+    size = next((value for value in sizes if isinstance(value, int) and value > 0), None)
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == size and ABSOLUTE_TABLE.fullmatch(name)
+    ]
+    if size is None or (hasattr(config, "relative_attention_num_buckets") and not tables):
+        return None  # relative positions alone never run out
+    # RoBERTa and its kin number positions from behind the padding token's, which their table knows.
+    return size - max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)

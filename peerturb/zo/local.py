@@ -3,17 +3,21 @@
 For experiments and for modules and objectives of one's own (docs/custom.md). Knows no network and no files.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 
 from peerturb import codec
 from peerturb.errors import ModelError
+from peerturb.floats import f32
 from peerturb.ids import RoundNumber, Slot
+from peerturb.plateau import Plateau
 from peerturb.spec import RunSpec
+from peerturb.trend import Trend
+from peerturb.zo.base import check_base
 from peerturb.zo.batch import Evaluator
 from peerturb.zo.digest import run_digest, short_digest
 from peerturb.zo.probe import ProbeEngine
@@ -21,6 +25,14 @@ from peerturb.zo.room import in_parts
 from peerturb.zo.update import apply_update
 
 Item = TypeVar("Item")
+
+_log = logging.getLogger(__name__)
+
+
+ADVICE = (
+    "the learning rate is probably too large: begin a new run with a lower step.learning_rate, on the base weights or "
+    "on those of an earlier round (peerturb.zo.replay.replay with until_round)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +51,10 @@ class LocalRound:
     codes: bytes
     """int8, slot after slot."""
     loss: float
-    """Mean over the probes, all their losses; NaN if every probe is void."""
+    """Mean of the peers' finite losses, weighted by their valid codes, an f32 value; NaN if every probe is void."""
     tokens: int
+    warning: str = ""
+    """What to tell people while the loss rises, more than noise explains; empty otherwise."""
 
 
 class LocalRun(Generic[Item]):
@@ -51,8 +65,12 @@ class LocalRun(Generic[Item]):
         spec: the run's.
         parts: each peer's private items; slot 0, 1, ...
         rows_max: most rows in one forward; None: chosen from size and device.
+        base_digest: hexadecimal, of all weights as built or loaded, frozen ones too (`peerturb.zo.custom.base_spec`,
+            or `peerturb.zo.model.base_digest` before an adapter is attached). None: what is trained is compared with
+            the RunSpec where that is the whole model; with frozen weights or an adapter nothing is compared.
 
     Raises:
+        RefusedError: the weights are not those of the RunSpec's `model.digest`.
         ModelError: a parameter cannot be perturbed.
         DataError: a part has fewer items than a probe needs.
     """
@@ -64,6 +82,7 @@ class LocalRun(Generic[Item]):
         parts: Sequence[Sequence[Item]],
         *,
         rows_max: int | None = None,
+        base_digest: str | None = None,
     ) -> None:
         if not parts:
             raise ModelError("a run needs at least one peer: give a list with one part of the data for each")
@@ -73,7 +92,14 @@ class LocalRun(Generic[Item]):
         self.weights = [tensor.data for _, tensor in evaluator.parameters]
         self.rounds: list[LocalRound] = []
         """What has been sealed so far: with the base weights, the whole run."""
-        self.scale = float(np.float32(spec.perturbation.initial_scale))
+        self.scale = f32(max(spec.perturbation.initial_scale, codec.SCALE_MIN))
+        self.plateau = Plateau()
+        self.trend = Trend()
+        if base_digest is None and spec.first_digest is not None:
+            base_digest = self.digest().hex()
+        if base_digest is not None:
+            remedy = "build the weights anew, or describe them as they are now (peerturb.zo.custom.base_spec)"
+            check_base(spec, base_digest, holder="the evaluator", remedy=remedy)
         self._engines = [ProbeEngine(evaluator, spec, part, rows_max=rows_max) for part in parts]
 
     def step(self) -> LocalRound:
@@ -83,17 +109,22 @@ class LocalRun(Generic[Item]):
             engine.contribute(number, slot=Slot(slot), scale=self.scale) for slot, engine in enumerate(self._engines)
         ]
         codes = b"".join(result.codes.tobytes() for result in results)
-        losses = [result.loss for result in results if np.isfinite(result.loss)]
+        step, rounds = self.spec.step, self.spec.round.count
+        alpha = codec.step_size(step, number, self.scale, codes, rounds, fraction=self.plateau.fraction)
+        loss = f32(codec.mean_loss((result.codes, f32(result.loss)) for result in results))
+        self.plateau.take(step, number, loss)
+        self.trend.take(number, loss)
         sealed = LocalRound(
             round=number,
             scale=self.scale,
-            alpha=float(codec.step_size(self.spec.step, number, self.scale, codes, self.spec.round.count)),
+            alpha=float(alpha),
             digest=short_digest(self.digest()),
             slots=tuple(range(len(results))),
             counts=tuple(len(result.codes) for result in results),
             codes=codes,
-            loss=float(np.mean(losses)) if losses else float("nan"),
+            loss=loss,
             tokens=sum(result.tokens for result in results),
+            warning="" if self.trend.rising is None else f"{self.trend.rising.rise}; {ADVICE}",
         )
         apply_update(
             self.weights,
@@ -107,6 +138,8 @@ class LocalRun(Generic[Item]):
             alpha=sealed.alpha,
         )
         self.scale = float(codec.next_scale(self.scale, codes))
+        if sealed.warning and not (self.rounds and self.rounds[-1].warning):
+            _log.warning("%s", sealed.warning)
         self.rounds.append(sealed)
         return sealed
 

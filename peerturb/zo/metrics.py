@@ -1,6 +1,6 @@
-"""Objectives that have no gradient, for classification by label words: accuracy, F1, or a user's own.
+"""Objectives that have no gradient, for classification by label words or a head: accuracy, F1, or a user's own.
 
-`ScoredRunner` is a `Runner` whose loss is a function of the labels' scores.
+`ScoredRunner` is a `Runner` whose loss is a function of the labels' or classes' scores.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,24 +35,25 @@ def f1_loss(scores: Tensor, answers: Tensor) -> Tensor:
 
 
 class ScoredRunner(Runner):
-    """A causal language model with a metric of the labels' scores as its loss.
+    """A model with a metric of the labels' or classes' scores as its loss.
 
     Args:
         model: see `Runner`.
         manifest: see `Runner`.
-        objective: of kind `labels`.
+        objective: of kind `labels` or `classes`.
         metric: what is minimised.
         per_probe: the metric gives one number for all examples of one side of a probe.
 
     Raises:
-        ObjectiveError: the objective has no labels.
+        ObjectiveError: the objective has neither labels nor classes.
     """
 
     def __init__(
         self, model: Any, manifest: Manifest, objective: Objective, metric: Metric, *, per_probe: bool = False
     ) -> None:
-        if objective.spec.kind != "labels":
-            raise ObjectiveError(f'a metric of labels needs objective.kind = "labels", not "{objective.spec.kind}"')
+        kind = objective.spec.kind
+        if kind not in ("labels", "classes"):
+            raise ObjectiveError(f'a metric of labels needs objective.kind = "labels" or "classes", not "{kind}"')
         super().__init__(model, manifest, objective)
         self._metric, self.is_whole = metric, per_probe
 

@@ -229,6 +229,8 @@ class Objective:
             if not prompt:
                 faults.append(f"{example.where}: the prompt turns into no tokens")
                 continue
+            if self.form.end is not None:  # also where the tokenizer puts none, or the text itself holds one
+                prompt = [token for token in prompt if token != self.form.end] + [self.form.end]
             kept = _shorten(prompt, head, room)
             answer = self.label_values.index(example.label)
             sequences.append(TokenSequence(tokens=_array(kept), start=len(kept), answer=answer))

@@ -7,13 +7,17 @@ base models give equal bytes; the base digest covers those bytes. Knows nothing 
 
 import hashlib
 import logging
+import re
 import struct
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peerturb.errors import ModelError
 from peerturb.spec import Quantise
@@ -22,6 +26,9 @@ from peerturb.zo.kinds import output_head
 
 BLOCK = 64
 """Weights that share a scale in the 4-bit kinds; layers whose rows are no multiple of it stay as they are."""
+
+FLOATS_SHOWN, FLOAT_SHARE_MIN = 3, 0.01
+"""How many names of weights in floating point a line has room for, and the smallest share worth naming."""
 
 
 class Int8Linear(nn.Linear):
@@ -73,12 +80,65 @@ def quantise_base(model: Any, kind: Quantise | None) -> None:
         setattr(model.get_submodule(parent), leaf, fresh)
         count += 1
     if not count:
-        raise ModelError(
-            f'model.quantise = "{kind}" finds no layer of torch.nn.Linear to quantise'
-            + ("" if kind == "int8" else f" whose rows are a multiple of {BLOCK} long")
-            + "; leave it out"
-        )
+        why = "" if kind == "int8" else f" whose rows are a multiple of {BLOCK} long"
+        if any(isinstance(layer, Conv1D) for layer in model.modules()):
+            why = ": this model's layers are transformers' Conv1D (as GPT-2's), which is another"
+        raise ModelError(f'model.quantise = "{kind}" finds no layer of torch.nn.Linear to quantise{why}; leave it out')
     model.eval().requires_grad_(False)
+
+
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Let quantised layers compute in this type: bitsandbytes' convert activations to the one they were made with."""
+    for module in model.modules():
+        if _is_packed(module) and not isinstance(module, Int8Linear):
+            module.compute_dtype = dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """What of a frozen base is held in few bits."""
+
+    kind: str
+    """How, as in `model.quantise`."""
+    weights: int
+    """Of the base."""
+    packed: int
+    """Of these in few bits."""
+    floats: dict[str, int]
+    """The others by name, numbers of layers as `*`: how many weights, most first."""
+
+    @classmethod
+    def of(cls, model: nn.Module, trained: Collection[str]) -> Self | None:
+        """Count the weights of a model; None if none is quantised.
+
+        Args:
+            model: with or without its adapter.
+            trained: names of parameters that do not belong to the base.
+        """
+        layers = {f"{name}.weight": module for name, module in model.named_modules() if _is_packed(module)}
+        if not layers:
+            return None
+        kind, _ = _parts(*next(iter(layers.items())))
+        floats: dict[str, int] = {}
+        packed = 0
+        for name, tensor in model.named_parameters():
+            layer: Any = layers.get(name)
+            if layer is not None:
+                packed += layer.in_features * layer.out_features
+            elif name not in trained:
+                shown = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.replace(".base_layer.", "."))
+                floats[shown] = floats.get(shown, 0) + tensor.numel()
+        ordered = dict(sorted(floats.items(), key=lambda item: -item[1]))
+        return cls(kind=kind, weights=packed + sum(floats.values()), packed=packed, floats=ordered)
+
+    @property
+    def text(self) -> str:
+        """Say it in a line: the share, and the largest of what stays in floating point."""
+        shares = {name: count / self.weights for name, count in self.floats.items()}
+        large = [f"{name} ({share:.0%})" for name, share in shares.items() if share >= FLOAT_SHARE_MIN]
+        named = ", ".join(large[:FLOATS_SHOWN]) + (" and others" if len(large) > FLOATS_SHOWN else "")
+        stay = f"; in floating point stay {named}" if named else ""
+        return f"{self.kind} holds {self.packed / self.weights:.0%} of the base's {self.weights:,} weights{stay}"
 
 
 def is_quantised(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peerturb.manifest import DType
 from peerturb.zo.adapters import is_shared_matrix
 from peerturb.zo.model import TORCH_DTYPES
+from peerturb.zo.quantised import compute_in
 
 ComputeDType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -56,6 +57,7 @@ class Shadow:
         # With its parameters in the memo the copy is made without copying them first; ties stay ties.
         self.model: Any = copy.deepcopy(model, memo)
         self.model.config.dtype = dtype
+        compute_in(self.model, dtype)
         self._pairs = pairs
         self._is_stale = False
 

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 
 from peerturb import limits
 from peerturb.errors import RejectCode
+from peerturb.floats import f32
 from peerturb.ids import PeerKey, Position, RoundNumber, Slot
-from peerturb.protocol.floats import f32
 from peerturb.protocol.messages import (
     Challenge,
     Contribution,

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from peerturb.errors import DataError, ModelError, ObjectiveError
 from peerturb.spec import ModelSpec, ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec, StepSpec
 from peerturb.zo.custom import CustomEvaluator, base_spec
+from peerturb.zo.data import Example
 from peerturb.zo.digest import run_digest
 from peerturb.zo.local import LocalRun
 from peerturb.zo.metrics import ScoredRunner, error_rate, f1_loss
+from peerturb.zo.model import base_digest
 from peerturb.zo.objective import Objective
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.replay import replay
@@ -240,11 +242,11 @@ def test_a_group_is_measured_whole(sides: str) -> None:
 
     run_spec = spec(module, per_probe=6, sides=sides)
     custom = CustomEvaluator(module, run_spec.model, items(), loss=loss, per_probe=6)
-    run = LocalRun(custom, run_spec, [items()])
-    run.step()
-    assert set(seen[1:]) == {6}
     with pytest.raises(ObjectiveError, match=r"6 examples of a probe are judged together.*raise rows_max"):
         LocalRun(custom, run_spec, [items()], rows_max=4)
+    seen.clear()
+    LocalRun(custom, run_spec, [items()]).step()
+    assert set(seen) == {6}
 
 
 def test_error_rate_and_f1() -> None:
@@ -260,12 +262,10 @@ def test_error_rate_and_f1() -> None:
 def test_label_metrics_of_a_language_model(metric: Callable[[Tensor, Tensor], Tensor], per_probe: bool) -> None:
     model = small_model("llama-tied")
     given = {"kind": "labels", "template": "{text}", "labels": {"0": " a", "1": " b"}, "examples_per_probe": 8}
-    run_spec = spec_of(objective=given, probes=32, epsilon=0.05)
+    run_spec = spec_of(objective=given, probes=32, epsilon=0.05, digest=base_digest(model, "float32"))
     run_spec = run_spec.model_copy(update={"step": StepSpec(learning_rate=0.03)})
     objective = Objective(run_spec.objective, byte_tokenizer())
     runner = ScoredRunner(model, manifest_of(model), objective, metric, per_probe=per_probe)
-    from peerturb.zo.data import Example
-
     examples = [Example(prompt="ab"[n % 2] * (2 + n % 5), label=str(n % 2), where=str(n)) for n in range(24)]
     sequences = objective.encode(examples, source="test")
     run = LocalRun(runner, run_spec, [sequences])
@@ -275,9 +275,30 @@ def test_label_metrics_of_a_language_model(metric: Callable[[Tensor, Tensor], Te
     assert run.loss(sequences) < before - 0.1, (before, run.loss(sequences))
 
 
+@pytest.mark.parametrize(("metric", "per_probe"), [(error_rate, False), (f1_loss, True)])
+def test_metrics_of_a_classifier(metric: Callable[[Tensor, Tensor], Tensor], per_probe: bool) -> None:
+    model = small_model("bert", kind="classes")
+    given = {"kind": "classes", "classes": ("0", "1", "2"), "examples_per_probe": 8}
+    run_spec = spec_of(objective=given, probes=32, epsilon=0.05, digest=base_digest(model, "float32"))
+    run_spec = run_spec.model_copy(update={"step": StepSpec(learning_rate=0.03)})
+    objective = Objective.of(run_spec.objective, model, byte_tokenizer())
+    runner = ScoredRunner(model, manifest_of(model), objective, metric, per_probe=per_probe)
+    examples = [Example(prompt="abc"[n % 3] * (2 + n % 5), label=str(n % 3), where=str(n)) for n in range(24)]
+    sequences = objective.encode(examples, source="test")
+    scores = objective.scores(runner.logits(objective.rows(sequences)), objective.rows(sequences))
+    if not per_probe:
+        wrong = scores.argmax(1) != torch.tensor([n % 3 for n in range(24)])
+        assert runner.losses(sequences).tolist() == wrong.double().tolist()
+    run = LocalRun(runner, run_spec, [sequences])
+    before = run.loss(sequences)
+    for _ in run.run(25):
+        pass
+    assert run.loss(sequences) < before - 0.1, (before, run.loss(sequences))
+
+
 def test_label_metrics_need_labels() -> None:
     model = small_model("llama-tied")
-    with pytest.raises(ObjectiveError, match=r'needs objective.kind = "labels", not "text"'):
+    with pytest.raises(ObjectiveError, match=r'needs objective.kind = "labels" or "classes", not "text"'):
         ScoredRunner(model, manifest_of(model), Objective(ObjectiveSpec(), byte_tokenizer()), error_rate)
 
 

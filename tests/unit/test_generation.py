@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from peerturb.errors import ObjectiveError
 from peerturb.ids import RoundNumber, Slot
@@ -12,9 +13,10 @@ from peerturb.manifest import Manifest
 from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec
 from peerturb.zo.generation import GenerationEvaluator, Writing
 from peerturb.zo.local import LocalRun
+from peerturb.zo.model import base_digest
 from peerturb.zo.perturbation import FAMILIES
 from peerturb.zo.probe import ProbeEngine
-from tests.zo_models import RandomSigns, byte_tokenizer, manifest_of, one_thread, small_model, spec_of
+from tests.zo_models import BERT, RandomSigns, byte_tokenizer, manifest_of, one_thread, small_model, spec_of
 
 __all__ = ["one_thread"]
 
@@ -147,11 +149,24 @@ def test_misuse_is_told(changes: dict[str, Any], items: list[str], message: str)
         evaluator(model, manifest_of(model), **changes).losses(items)
 
 
+def test_models_that_do_not_write_are_refused() -> None:
+    encoder = BertForMaskedLM(BertConfig(**BERT))
+    for model, name in (
+        (small_model("t5", kind="seq2seq"), "T5ForConditionalGeneration"),
+        (small_model("bert", kind="classes"), "BertForSequenceClassification"),
+        (small_model("llama", kind="classes"), "LlamaForSequenceClassification"),
+        (encoder, "BertForMaskedLM"),
+        (encoder.bert, "BertModel"),
+        (torch.nn.Linear(2, 2), "Linear"),
+    ):
+        with pytest.raises(ObjectiveError, match=f"needs a causal language model .* not {name}: encoder-decoders"):
+            evaluator(model, manifest_of(model))
+
+
 def test_a_reward_that_is_not_finite_makes_a_void_code() -> None:
     model = small_model("llama-tied")
-    run = LocalRun(
-        evaluator(model, manifest_of(model), reward=lambda prompt, text: float("nan")), spec_of(probes=2), [PROMPTS]
-    )
+    spec = spec_of(probes=2, digest=base_digest(model, "float32"))
+    run = LocalRun(evaluator(model, manifest_of(model), reward=lambda prompt, text: float("nan")), spec, [PROMPTS])
     assert run.step().codes == b"\x80\x80"
 
 
@@ -159,7 +174,7 @@ def test_rewards_rise() -> None:
     model = small_model("llama-tied")
     spec = RunSpec(
         name="unit",
-        model=spec_of().model,
+        model=spec_of(digest=base_digest(model, "float32")).model,
         perturbation=PerturbationSpec(epsilon=0.03, initial_scale=0.05),
         round=RoundSpec(probes_max=48),
         objective=ObjectiveSpec(examples_per_probe=2),

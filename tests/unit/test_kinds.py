@@ -6,6 +6,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import (
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    CamembertConfig,
+    CamembertForSequenceClassification,
+    GPT2LMHeadModel,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaXLConfig,
+    XLMRobertaXLForSequenceClassification,
+)
 
 from peerturb.errors import DataError, ModelError, SpecError
 from peerturb.ids import RoundNumber, Slot
@@ -22,6 +39,7 @@ from peerturb.zo.perturbation import FAMILIES
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.update import apply_update
 from tests.zo_models import (
+    BERT,
     CLASSIFIERS,
     CONFIGS,
     SEQ2SEQ,
@@ -143,6 +161,19 @@ def test_a_decoder_writes_labels_too() -> None:
     assert result.accuracy is not None
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_every_text_of_an_encoder_decoders_classifier_has_one_end(name: str) -> None:
+    """The head reads at the texts' ends, and the model wants as many of them in every row."""
+    runner = runner_of("classes", name)
+    texts = ("short", "one </s> within </s>", "a text that is longer than all the tokens it may have")
+    examples = [Example(prompt=text, label="good", where=text) for text in texts]
+    items = runner.objective.encode(examples, source="x")
+    assert [(item.tokens == 1).sum() for item in items] == [1, 1, 1]
+    assert [item.tokens[-1] for item in items] == [1, 1, 1]
+    assert len(items[2].tokens) == 24
+    assert runner.losses(items).isfinite().all()
+
+
 def test_classes_are_evaluated_and_answered() -> None:
     runner = runner_of("classes", "bert")
     items = examples_of(runner)
@@ -216,10 +247,37 @@ def test_an_encoder_is_no_language_model() -> None:
     assert kind_for(SEQ2SEQ["t5"](), Task()) == "seq2seq"
 
 
-def test_positions_run_out_where_the_model_says() -> None:
-    assert Form.of(small_model("roberta", kind="classes")).positions_max == 62
-    assert Form.of(small_model("bert", kind="classes")).positions_max == 64
-    assert Form.of(small_model("t5", kind="seq2seq")).positions_max is None
+POSITIONS: list[tuple[Any, Any, int]] = [
+    (RobertaForSequenceClassification, RobertaConfig(**BERT), 62),
+    (RobertaForSequenceClassification, RobertaConfig(**{**BERT, "pad_token_id": 0}), 63),
+    (CamembertForSequenceClassification, CamembertConfig(**BERT), 62),
+    (XLMRobertaForSequenceClassification, XLMRobertaConfig(**BERT), 62),
+    (XLMRobertaXLForSequenceClassification, XLMRobertaXLConfig(**BERT), 62),
+    # Its table always takes 1 for the padding token's place, and it has relative positions besides.
+    (MPNetForSequenceClassification, MPNetConfig(**{**BERT, "pad_token_id": 5}), 62),
+    (BertForSequenceClassification, BertConfig(**BERT), 64),
+    (GPT2LMHeadModel, CONFIGS["gpt2"](), 64),
+    (OPTForCausalLM, CONFIGS["opt"](), 64),
+    (BartForConditionalGeneration, SEQ2SEQ["bart"](), 64),
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("builder", "config", "positions"), POSITIONS)
+def test_positions_run_out_where_the_model_fails(builder: Any, config: Any, positions: int) -> None:
+    model = builder(config).eval()
+    assert Form.of(model).positions_max == positions
+    ids = torch.full((1, positions + 1), 9)
+    assert model(input_ids=ids[:, 1:]).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=ids)
+
+
+def test_positions_without_a_table_are_limited_by_the_configuration_or_not_at_all() -> None:
+    assert Form.of(small_model("llama-tied")).positions_max == 64
+    model = small_model("t5", kind="seq2seq")
+    model.config.n_positions = 8  # as in the oldest files
+    assert Form.of(model).positions_max is None
 
 
 @pytest.mark.parametrize(

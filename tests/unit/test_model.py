@@ -1,7 +1,9 @@
 """Loading, numbering and fingerprinting models; every way it can fail is a ModelError that helps."""
 
 import json
+import re
 import shutil
+import tomllib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from peerturb.errors import ModelError
+from peerturb.errors import ModelError, SpecError
 from peerturb.manifest import manifest_digest
 from peerturb.rng import philox
-from peerturb.spec import ModelSpec, ObjectiveSpec
+from peerturb.spec import ModelSpec, ObjectiveSpec, RunSpec
+from peerturb.zo.coverage import check_coverage
 from peerturb.zo.heads import initial_values
 from peerturb.zo.kinds import Task
 from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
@@ -310,3 +313,71 @@ def test_the_command_prints_a_classifiers_digest(encoder: Path) -> None:
     assert f'digest = "{digest}"' in found.output
     assert "BertForSequenceClassification" in found.output
     assert "3 classes and seed = 7" in found.output
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Path:
+    """An encoder-decoder."""
+    small_model("t5", kind="seq2seq").save_pretrained(tmp_path / "writer")
+    byte_tokenizer().save_pretrained(tmp_path / "writer")
+    return tmp_path / "writer"
+
+
+def run_spec(output: str) -> RunSpec:
+    """The RunSpec that the command has printed, as `--json`."""
+    return RunSpec.from_document(tomllib.loads(json.loads(output)["run_toml"]), source="the output")
+
+
+def test_the_command_begins_what_the_engine_accepts(writer: Path, encoder: Path) -> None:
+    cases: list[tuple[Path, list[str]]] = [
+        (writer, []),
+        (writer, ["--objective", "labels"]),
+        (writer, ["--classes", "3"]),
+        (encoder, ["--classes", "3"]),
+    ]
+    for folder, options in cases:
+        found = CliRunner().invoke(model_command.app, [str(folder), *options, "--json"])
+        assert found.exit_code == 0, found.output
+        spec = run_spec(found.stdout)
+        model, tokenizer = load_model(folder, "float32", task=Task.of(spec))
+        assert base_digest(model, "float32") == spec.model.digest
+        objective = Objective.of(spec.objective, model, tokenizer)
+        assert objective.form.kind == ("classes" if spec.objective.classes else "seq2seq")
+        check_coverage(model, build_manifest(model, spec.model))
+
+
+def test_the_command_refuses_text_for_an_encoder_decoder(writer: Path) -> None:
+    found = CliRunner().invoke(model_command.app, [str(writer), "--objective", "text"])
+    assert isinstance(found.exception, SpecError)
+    assert "use completion or labels" in str(found.exception)
+
+
+def test_the_command_names_a_folder_that_is_called_by_a_dot(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(writer)
+    found = CliRunner().invoke(model_command.app, [".", "--json"])
+    assert run_spec(found.stdout).model.name == "writer"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "5000", "--adapter", "lora"], r"model\.adapter\.rank.*4096"),
+        (["--label", "x" * 600], r"model\.name"),
+        (["--target", "*"], "--target needs --adapter"),
+        (["--quantise", "nf4"], "--quantise needs --adapter"),
+        (["--classes", "1"], "at least two"),
+    ],
+)
+def test_options_that_no_run_accepts_are_told_before_the_model_is_loaded(arguments: list[str], message: str) -> None:
+    found = CliRunner().invoke(model_command.app, ["no/such/model", *arguments])
+    assert isinstance(found.exception, SpecError)
+    assert re.search(message, str(found.exception))
+
+
+def test_the_seed_is_bounded_by_the_run_specs() -> None:
+    for seed in (2**63, 2**64):
+        found = CliRunner().invoke(model_command.app, ["m", "--adapter", "lora", "--seed", str(seed)])
+        assert found.exit_code == 2
+        assert "--seed" in found.output
+    with pytest.raises(SpecError, match="seed"):
+        RunSpec.from_document({"name": "x", "seed": 2**63, "model": {"name": "m", "digest": "0" * 64}}, source="x")

@@ -19,7 +19,7 @@ SIZES = [1, 1_000, 260_032, 869_504, 3_148_224, 22_700_000, 1_300_000_000, 70_00
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("parameters", SIZES)
 def test_the_printed_file_is_a_runspec_with_the_presets_values(parameters: int, dtype: DType, kind: str) -> None:
-    model = ModelSpec(name='a "name"', digest="ab" * 32, dtype=dtype, exclude=("lm_head*", "*.bias"))
+    model = ModelSpec(name='a "name" \U0001f600', digest="ab" * 32, dtype=dtype, exclude=("lm_head*", "*.bias"))
     text = run_toml(model, name="try", parameters=parameters, kind=kind, classes=3 if kind == "classes" else 0)
     spec = RunSpec.from_document(tomllib.loads(text), source="RUN.toml")
     chosen = preset(parameters, kind, dtype=dtype)
@@ -58,6 +58,7 @@ def test_a_file_for_an_adapter_has_its_seed_and_epsilon(kind: str) -> None:
     assert spec.model == model
     assert "seed" in spec.model_fields_set
     assert spec.perturbation.epsilon == 1e-2
+    assert "none was measured for adapters" in text
 
 
 def test_the_anchors_are_met() -> None:
@@ -84,3 +85,10 @@ def test_numbers_are_toml_floats_of_the_same_value(value: float) -> None:
     assert tomllib.loads(f"x = {text}") == {"x": rounded}
     assert isinstance(tomllib.loads(f"x = {text}")["x"], float)
     assert len(text) <= 9
+
+
+def test_sequences_fit_the_models_positions() -> None:
+    model = ModelSpec(name="base", digest="ab" * 32)
+    for positions, tokens in ((None, 256), (1_024, 256), (128, 128)):
+        text = run_toml(model, name="try", parameters=10_000, kind="completion", positions_max=positions)
+        assert RunSpec.from_document(tomllib.loads(text), source="RUN.toml").objective.tokens_max == tokens

@@ -2,6 +2,7 @@
 
 import json
 import os
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ from peerturb.zo.data import Example
 from peerturb.zo.local import LocalRun
 from peerturb.zo.model import base_digest, build_manifest, prepare, trainable_weights
 from peerturb.zo.objective import Objective
-from peerturb.zo.quantised import is_quantised, quantise_base
+from peerturb.zo.quantised import Packing, is_quantised, quantise_base
 from peerturb.zo.replay import replay
+from peerturb.zo.shadow import Shadow
 from tests.integration.network import network
-from tests.zo_models import SIZES, byte_tokenizer, one_thread
+from tests.zo_models import SIZES, byte_tokenizer, one_thread, small_model
 
 __all__ = ["one_thread"]
 
 pytest.importorskip("peft", reason="peft is not installed: peerturb[adapters]")
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: peerturb[quantised]")
+bitsandbytes: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: peerturb[quantised]")
 
 KINDS = ("nf4", "fp4", "int8")
 IDS = torch.arange(24).view(3, 8) * 11 % 250
@@ -165,6 +167,7 @@ def test_a_node_trains_on_a_quantised_base(tmp_path: Path) -> None:
     with network(tmp_path, "") as net:
         shown = net.run("model", str(folder), "--adapter", "lora", "--rank", "2", "--quantise", "nf4", "--json")
         assert shown.returncode == 0, shown.stderr
+        assert json.loads(shown.stdout)["quantised"]["kind"] == "nf4"
         section = json.loads(shown.stdout)["toml"]
         net.run_file.write_text(f'name = "q"\nseed = 1\n{section}\n[round]\ncount = 3\nprobes_max = 8\n')
         coordinator = net.start_coordinator()
@@ -203,3 +206,60 @@ def test_an_encoder_decoder_computes_what_it_did(kind: Any) -> None:
     except ModelError as error:
         pytest.skip(f"bitsandbytes does not work on this computer: {error}")
     assert (logits() - before).norm() < 0.3 * before.norm()
+
+
+def test_layers_of_another_sort_are_named() -> None:
+    with pytest.raises(ModelError, match=r"no layer of torch.nn.Linear to quantise: .* Conv1D \(as GPT-2's\)"):
+        quantise_base(small_model("gpt2"), "int8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_share_that_is_quantised_is_told(kind: Any) -> None:
+    model = quantised(kind)
+    base_weights = sum(tensor.numel() for tensor in base().parameters())
+    head = model.lm_head.weight.numel()
+    alone = Packing.of(model, ())
+    attach_adapter(model, section(kind), seed=1)
+    found = Packing.of(model, trainable_weights(model, build_manifest(model, section(kind))))
+    assert found is not None
+    assert found == alone
+    assert (found.kind, found.weights) == (kind, base_weights)
+    assert found.packed == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert list(found.floats.items())[:2] == [("model.embed_tokens.weight", head), ("lm_head.weight", head)]
+    assert found.floats["model.layers.*.self_attn.q_proj.bias"] == 2 * 64
+    assert found.packed + sum(found.floats.values()) == base_weights
+    assert found.text == (
+        f"{kind} holds 68% of the base's 108,224 weights; in floating point stay model.embed_tokens.weight (16%), "
+        "lm_head.weight (16%)"
+    )
+    assert Packing.of(base(), ()) is None
+
+
+def test_expert_stacks_that_stay_in_float_are_named() -> None:
+    model = small_model("mixtral")
+    quantise_base(model, "int8")
+    found = Packing.of(model, ())
+    assert found is not None
+    assert "in floating point stay model.layers.*.mlp.experts.gate_up_proj (4" in found.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_another_type_computes_in_it(kind: str) -> None:
+    """Else bitsandbytes would round the activations of a float32 copy to bfloat16."""
+    model, truth = quantised(kind, "bfloat16"), base("bfloat16").float()
+    with torch.inference_mode():
+        layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        for name, layer in layers:
+            if layer.weight.is_floating_point():
+                continue
+            if kind == "int8":
+                weight = layer.weight * layer.scale[:, None]
+            else:
+                state = copy(layer.weight.quant_state)
+                state.dtype = torch.float32
+                weight = bitsandbytes.functional.dequantize_4bit(layer.weight, state)
+            truth.get_submodule(name).weight.copy_(weight)
+        wanted = truth(input_ids=IDS).logits
+        found = Shadow(model, torch.float32).model(input_ids=IDS).logits
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+        assert model(input_ids=IDS).logits.dtype == torch.bfloat16

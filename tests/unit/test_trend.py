@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from peerturb.protocol.outputs import CoordinatorOutput, Notice, PeerOutput
 from peerturb.protocol.records import Record, RoundSealed
-from peerturb.protocol.trend import DIVERGING, SCALES, Trend, TrendNews
+from peerturb.protocol.trend import DIVERGING, TrendNews
+from peerturb.trend import SCALES, Trend
 from peerturb_coordinator.status import to_wire
 from tests.unit.test_coordinator_machine import Shell as CoordinatorShell
 from tests.unit.test_coordinator_machine import make_spec
@@ -106,6 +107,7 @@ def test_the_warning_says_where_and_what_to_do_and_ends_with_the_rise() -> None:
                 assert "rises: 6 in rounds 24-31, at best 4 in rounds 8-15" in notice.text
                 assert "learning_rate" in notice.text
                 assert "`peerturb tune`" in notice.text
+                assert "`peerturb log export --until 16 --out FOLDER`" in notice.text
         assert bool(trend.warning) == trend.is_rising
     assert said == [(31, DIVERGING), (55, "recovered"), (87, DIVERGING)]
 

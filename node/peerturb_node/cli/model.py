@@ -1,10 +1,13 @@
 """`peerturb model`: a base model's digest and tensors, and a RUN.toml to start from."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from peerturb import limits
 
 if TYPE_CHECKING:
     from peerturb.manifest import Manifest
@@ -13,6 +16,9 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 _TENSORS_SHOWN = 40
+
+_SEED_MAX = 2**63 - 1
+"""A RunSpec's largest."""
 
 
 @app.command()
@@ -33,12 +39,23 @@ def model(
     ] = None,
     label: Annotated[str | None, typer.Option(help="Name to write into RUN.toml.", show_default="the argument")] = None,
     classes: Annotated[
-        int, typer.Option(min=0, help='Classes of a classification head (objective.kind = "classes"); 0: none.')
+        int,
+        typer.Option(
+            min=0,
+            max=limits.CLASSES_MAX,
+            help='Classes of a classification head (objective.kind = "classes"); 0: none.',
+        ),
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="The RunSpec's seed: a head or adapter follows from it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_SEED_MAX, help="The RunSpec's seed: a head or adapter follows from it.")
+    ] = 0,
     objective: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="What RUN.toml begins with: text, completion or labels."),
+        typer.Option(
+            metavar="KIND",
+            help="What RUN.toml begins with: text, completion or labels.",
+            show_default="text; completion for an encoder-decoder",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write RUN.toml here; never over a file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -46,12 +63,58 @@ def model(
     """Print a model's digest, its trainable tensors, and a whole RUN.toml with values that suit its size."""
     from peerturb.errors import SpecError
     from peerturb.manifest import manifest_digest
-    from peerturb.presets import KINDS, model_toml, run_toml
-    from peerturb.spec import AdapterSpec, ModelSpec
+    from peerturb.presets import model_toml, run_toml
     from peerturb.zo.adapters import attach_adapter
-    from peerturb.zo.kinds import Task
+    from peerturb.zo.kinds import Task, kind_of, positions_max
     from peerturb.zo.model import base_digest, build_manifest, load_model
-    from peerturb.zo.quantised import quantise_base
+    from peerturb.zo.quantised import Packing, quantise_base
+
+    _check(dtype, adapter, target, quantise, objective, classes)
+    if out is not None and out.expanduser().exists():
+        raise SpecError(f"{out} exists; give --out another name, or remove it")
+    folder = Path(name).expanduser()
+    shown_name = label or (folder.resolve().name if folder.is_dir() else name)
+    chosen = {"kind": adapter, "rank": rank, "targets": target or ["*"]} if adapter is not None else None
+    planned = {"name": shown_name, "dtype": dtype, "exclude": exclude or [], "adapter": chosen, "quantise": quantise}
+    title = Path(shown_name).name[: limits.NAME_CHARS_MAX]
+    # What no RunSpec accepts is told before the model is loaded.
+    _read(title, seed, {**planned, "digest": "0" * 64})
+    loaded, _ = load_model(name, dtype, task=Task(classes=classes, seed=seed))  # type: ignore[arg-type]
+    is_written = kind_of(loaded) == "seq2seq"
+    if is_written and objective == "text":
+        raise SpecError("--objective text: an encoder-decoder is scored on what it writes; use completion or labels")
+    kind = objective or ("classes" if classes else "completion" if is_written else "text")
+    quantise_base(loaded, quantise)  # type: ignore[arg-type]
+    spec = _read(title, seed, {**planned, "digest": base_digest(loaded, dtype)})  # type: ignore[arg-type]
+    attach_adapter(loaded, spec, seed=seed)
+    manifest = build_manifest(loaded, spec)
+    packing = Packing.of(loaded, {entry.name for entry in manifest})
+    total = sum(entry.elements for entry in manifest)
+    section = model_toml(spec)
+    whole = run_toml(
+        spec, name=title, parameters=total, kind=kind, seed=seed, classes=classes, positions_max=positions_max(loaded)
+    )
+    if out is not None:
+        _write(out.expanduser(), whole)
+    if as_json:
+        document = _document(spec, manifest, manifest_digest(manifest), type(loaded).__name__)
+        document["quantised"] = None if packing is None else asdict(packing)
+        typer.echo(json.dumps({**document, "toml": section, "run_toml": whole}, indent=2))
+        return
+    _show(spec, manifest, type(loaded).__name__)
+    if packing is not None:
+        typer.echo(f"\n{packing.text}")
+    if classes:
+        typer.echo(f'\nThe digest holds for objective.kind = "classes" with {classes} classes and seed = {seed}')
+    typer.echo(f"\n{whole}" if out is None else f"\nRunSpec written to {out}: look at its [objective]")
+
+
+def _check(
+    dtype: str, adapter: str | None, target: list[str] | None, quantise: str | None, objective: str | None, classes: int
+) -> None:
+    """Refuse options that no model makes right."""
+    from peerturb.errors import SpecError
+    from peerturb.presets import KINDS
 
     if dtype not in ("float32", "bfloat16"):
         raise SpecError(f"--dtype {dtype!r} is neither float32 nor bfloat16")
@@ -63,36 +126,19 @@ def model(
         raise SpecError(f"--quantise {quantise!r} is none of nf4, fp4 and int8")
     if quantise is not None and adapter is None:
         raise SpecError("--quantise needs --adapter: quantised weights cannot be trained")
-    kind = objective or ("classes" if classes else "text")
-    if kind not in KINDS:
-        raise SpecError(f"--objective {kind!r} is none of {', '.join(KINDS)}")
-    if (kind == "classes") != bool(classes):
+    if target and adapter is None:
+        raise SpecError("--target needs --adapter: it names the layers that get one")
+    if objective is not None and objective not in KINDS:
+        raise SpecError(f"--objective {objective!r} is none of {', '.join(KINDS)}")
+    if objective is not None and (objective == "classes") != bool(classes):
         raise SpecError("--objective classes and --classes N belong together: the head has as many outputs")
-    if out is not None and out.expanduser().exists():
-        raise SpecError(f"{out} exists; give --out another name, or remove it")
-    loaded, _ = load_model(name, dtype, task=Task(classes=classes, seed=seed))  # type: ignore[arg-type]
-    quantise_base(loaded, quantise)  # type: ignore[arg-type]
-    digest = base_digest(loaded, dtype)  # type: ignore[arg-type]
-    shown_name = label or (Path(name).name if Path(name).expanduser().is_dir() else name)
-    given = None if adapter is None else AdapterSpec(kind=adapter, rank=rank, targets=tuple(target or ("*",)))
-    spec = ModelSpec(
-        name=shown_name, digest=digest, dtype=dtype, exclude=tuple(exclude or ()), adapter=given, quantise=quantise
-    )
-    attach_adapter(loaded, spec, seed=seed)
-    manifest = build_manifest(loaded, spec)
-    total = sum(entry.elements for entry in manifest)
-    section = model_toml(spec)
-    whole = run_toml(spec, name=Path(shown_name).name, parameters=total, kind=kind, seed=seed, classes=classes)
-    if out is not None:
-        _write(out.expanduser(), whole)
-    if as_json:
-        document = _document(spec, manifest, manifest_digest(manifest), type(loaded).__name__)
-        typer.echo(json.dumps({**document, "toml": section, "run_toml": whole}, indent=2))
-        return
-    _show(spec, manifest, type(loaded).__name__)
-    if classes:
-        typer.echo(f'\nThe digest holds for objective.kind = "classes" with {classes} classes and seed = {seed}')
-    typer.echo(f"\n{whole}" if out is None else f"\nRunSpec written to {out}: look at its [objective]")
+
+
+def _read(name: str, seed: int, model: dict[str, Any]) -> "ModelSpec":
+    """Return the section `[model]`, or say what of the command line no RunSpec accepts."""
+    from peerturb.spec import RunSpec
+
+    return RunSpec.from_document({"name": name, "seed": seed, "model": model}, source="this command line").model
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,8 +10,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from peerturb.errors import ModelError, RefusedError, RejectCode
+from peerturb.errors import ModelError
 from peerturb.spec import RunSpec
+from peerturb.zo.base import check_base
 from peerturb.zo.batch import Evaluator
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.room import in_parts
@@ -53,12 +54,7 @@ class CustomCompute(Replica, Generic[Item]):
         export: Callable[[Path], None] | None = None,
         rows_max: int | None = None,
     ) -> None:
-        if base_digest != spec.model.digest:
-            raise RefusedError(
-                RejectCode.MODEL_MISMATCH,
-                f"the base weights differ: the run wants {spec.model.name!r} with digest {spec.model.digest}, this "
-                f"program has {base_digest}; build the module from the same weights, or seed",
-            )
+        check_base(spec, base_digest, holder="this program", remedy="build the module from the same weights, or seed")
         self.rounds = 0
         self._spec = spec
         self.base_digest = bytes.fromhex(base_digest)

@@ -15,6 +15,7 @@ from peerturb.zo.export import export_model
 from peerturb.zo.model import TORCH_DTYPES, build_manifest, trainable_weights
 from peerturb.zo.objective import Objective
 from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.quantised import Packing
 from peerturb.zo.resolution import epsilon_warning
 from peerturb.zo.shadow import Shadow, compute_dtype
 from peerturb_node.compute.base import HeldOut
@@ -29,6 +30,7 @@ class TorchCompute(Replica):
     Attributes:
         compute_dtype: type in which losses are computed.
         warning: what the operator should know about epsilon, or None.
+        packing: what of the base is quantised, or None.
 
     Raises:
         ModelError: the model cannot be loaded or perturbed.
@@ -50,6 +52,7 @@ class TorchCompute(Replica):
         self.manifest = build_manifest(self._model, spec.model)
         self._named = trainable_weights(self._model, self.manifest)
         self._weights = list(self._named.values())
+        self.packing = Packing.of(self._model, self._named)
         dtype = compute_dtype(settings.compute_dtype, spec.model.dtype, self.device)
         self._shadow = None if dtype == TORCH_DTYPES[spec.model.dtype] else Shadow(self._model, dtype)
         self.compute_dtype = str(dtype).removeprefix("torch.")
