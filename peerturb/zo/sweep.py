@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from peerturb import codec
 from peerturb.ids import RoundNumber, Slot
@@ -39,10 +40,12 @@ class Sweep(Generic[Item]):
     """A model at its saved point, its data, and the means to go back.
 
     Args:
-        evaluator: gives losses; its parameters are updated and restored in place.
+        evaluator: gives losses.
         spec: the run's; its epsilon and step are what is varied.
         items: training examples.
         manifest: what is trained, in the order of the evaluator's parameters.
+        weights: trained, updated and restored in place; by default the evaluator's own parameters.
+        on_update: called whenever the weights were written, for an evaluator that computes from a copy of them.
         held_out: returns the held-out loss of the weights as they are; None without held-out data.
         probes: in a round.
         rows_max: most rows in one forward; by default the engine chooses.
@@ -55,6 +58,8 @@ class Sweep(Generic[Item]):
         items: Sequence[Item],
         manifest: Manifest,
         *,
+        weights: Sequence[Tensor] | None = None,
+        on_update: Callable[[], None] = lambda: None,
         held_out: Callable[[], float] | None = None,
         probes: int | None = None,
         rows_max: int | None = None,
@@ -64,7 +69,8 @@ class Sweep(Generic[Item]):
         """Scale that suits round 0 at the saved point; found by `settle`."""
         self._spec = spec
         self._manifest = manifest
-        self._weights = [weight for _, weight in evaluator.parameters]
+        self._weights = [weight for _, weight in evaluator.parameters] if weights is None else list(weights)
+        self._on_update = on_update
         self._saved = [weight.clone() for weight in self._weights]
         self._evaluator = evaluator
         self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
@@ -101,6 +107,7 @@ class Sweep(Generic[Item]):
         with torch.no_grad():
             for weight, saved in zip(self._weights, self._saved, strict=True):
                 weight.copy_(saved)
+        self._on_update()
 
     def _run(self, setting: Setting, rounds: int, should_stop: Callable[[], bool]) -> Outcome | None:
         spec = self._with(setting)
@@ -115,6 +122,7 @@ class Sweep(Generic[Item]):
                 self._weights, self._manifest, family=spec.perturbation.family, run_key=spec.run_key, round=number,
                 slots=[SLOT], counts=[len(result.codes)], codes=result.codes, alpha=float(alpha),
             )  # fmt: skip
+            self._on_update()
             scale = float(codec.next_scale(scale, result.codes))
             sealed.append(result.codes)
             done = number + 1

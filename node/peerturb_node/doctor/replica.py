@@ -32,7 +32,7 @@ class Replica:
             from peerturb.zo.base import load_base
             from peerturb.zo.model import TORCH_DTYPES
             from peerturb.zo.shadow import compute_dtype
-            from peerturb_node.compute.torch_compute import choose_device
+            from peerturb_node.compute.prepared import choose_device
         except ImportError as error:
             yield fail("model", f"{error.name} is not installed", 'pip install "peerturb[node]"')
             return
