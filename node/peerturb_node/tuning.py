@@ -146,18 +146,12 @@ def tune(
         on_outcome(outcome)
         return outcome
 
-    def search(*, with_epsilon: bool) -> bool:
-        """Go on with the search; return whether time ended it."""
-        while (setting := next_setting(start, outcomes)) is not None:
-            if setting.epsilon != start.epsilon and not with_epsilon:
-                break
-            if (outcome := run(setting, rounds)) is None:
-                return True
+    is_cut = False
+    while not is_cut and (setting := next_setting(start, outcomes)) is not None:
+        if (outcome := run(setting, rounds)) is None:
+            is_cut = True
+        else:
             outcomes.append(outcome)
-        return False
-
-    # Epsilon last: it matters least where time is short.
-    is_cut = search(with_epsilon=False)
     final: list[Outcome] = []
     longer = 0 if is_cut else _longer(outcomes, rounds, end_s - now_s())
     for setting in finalists(start, outcomes) if longer else ():
@@ -165,7 +159,6 @@ def tune(
             final, is_cut = [], True  # one alone cannot be compared
             break
         final.append(outcome)
-    is_cut = is_cut or search(with_epsilon=True)
     found = recommend(start, outcomes, final)
     return Tuned(
         model=spec.model.name,
@@ -194,12 +187,12 @@ def _plan(sweep: Sweep[Any], round_s: float, budget_s: float) -> int:
 
 
 def _longer(outcomes: list[Outcome], rounds: int, left_s: float) -> int:
-    """Return the rounds of two longer trials, beside two more settings; 0 if they would hardly be longer."""
+    """Return the rounds of two longer trials; 0 if they would hardly be longer."""
     whole = [one.seconds / one.rounds for one in outcomes if one.rounds == rounds]
     if not whole:
         return 0
     # A tenth in reserve: a trial that is cut short is lost.
-    possible = int(0.9 * left_s / 2 / max(max(whole), 1e-6)) - rounds
+    possible = int(0.9 * left_s / 2 / max(max(whole), 1e-6))
     return min(possible, FINAL_ROUNDS_MAX) if possible >= 1.5 * rounds else 0
 
 
