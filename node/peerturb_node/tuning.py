@@ -10,6 +10,7 @@ from peerturb.errors import SpecError
 from peerturb.presets import number, preset
 from peerturb.spec import RunSpec
 from peerturb.zo.checkpoint import load_checkpoint
+from peerturb.zo.data import evenly
 from peerturb.zo.evaluate import evaluate
 from peerturb.zo.search import SETTINGS_TYPICAL, Outcome, Recommendation, Setting, finalists, next_setting, recommend
 from peerturb.zo.sweep import Sweep
@@ -29,7 +30,7 @@ FINAL_ROUNDS_MAX = 160
 """Rounds of a longer trial."""
 
 HELD_OUT_MAX = 256
-"""Held-out examples looked at, the first ones."""
+"""Held-out examples looked at, spread over the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +210,7 @@ def _prepare(spec: RunSpec, settings: NodeSettings, checkpoint: Path | None) -> 
 
 
 def _sweep(prepared: Prepared, spec: RunSpec, settings: NodeSettings, probes: int | None) -> Sweep[Any]:
-    held = prepared.held_out[:HELD_OUT_MAX]
+    held = evenly(prepared.held_out, HELD_OUT_MAX)
 
     def held_out() -> float:
         found = evaluate(prepared.runner, held)

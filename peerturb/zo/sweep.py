@@ -18,6 +18,7 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.spec import RunSpec
 from peerturb.zo.batch import Evaluator
+from peerturb.zo.data import evenly
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.search import Outcome, Setting
 from peerturb.zo.update import apply_update
@@ -74,8 +75,7 @@ class Sweep(Generic[Item]):
         self._saved = [weight.clone() for weight in self._weights]
         self._evaluator = evaluator
         self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
-        chosen = np.linspace(0, len(items) - 1, min(SAMPLE_ITEMS, len(items))).astype(int)
-        self._sample = [items[index] for index in chosen]
+        self._sample = evenly(items, SAMPLE_ITEMS)
         self._held_out = held_out
         self._before = self._losses()
         self._held_out_before = None if held_out is None else held_out()

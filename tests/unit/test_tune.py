@@ -16,9 +16,12 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.protocol.outputs import Measure
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
+from peerturb.zo.batch import Runner
 from peerturb.zo.checkpoint import CheckpointInfo, save_checkpoint
+from peerturb.zo.evaluate import evaluate
 from peerturb.zo.model import build_manifest, load_model, trainable_weights
 from peerturb_node import settings as settings_module
+from peerturb_node import tuning
 from peerturb_node.compute.torch_compute import TorchCompute
 from peerturb_node.demo import BASE_MODEL_FOLDER
 from peerturb_node.demo.task import TaskFiles, write_task
@@ -169,6 +172,27 @@ def test_it_warns_of_an_epsilon_as_a_node_does(tmp_path: Path, files: TaskFiles,
     _, out, _ = run(*words, "--device", "cpu", "--compute-dtype", "bfloat16")
     assert "losses in bfloat16" in out
     assert "warning: perturbation.epsilon" in out
+
+
+def test_held_out_examples_of_a_sorted_file_are_of_all_labels(
+    run_file: Path, files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = sorted(files.heldout.read_text(encoding="utf-8").splitlines(), key=lambda line: json.loads(line)["label"])
+    sorted_file = tmp_path / "sorted.jsonl"
+    sorted_file.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(tuning, "HELD_OUT_MAX", 6)
+    seen: list[Any] = []
+
+    def look(runner: Runner, sequences: list[Any]) -> Any:
+        seen.append([sequence.answer for sequence in sequences])
+        return evaluate(runner, sequences)
+
+    monkeypatch.setattr(tuning, "evaluate", look)
+    seconds = itertools.count(step=100)
+    settings = settings_of(files, eval=sorted_file)
+    tune(RunSpec.from_toml(run_file), settings, checkpoint=None, budget_s=1, probes=2, now_s=lambda: next(seconds))
+    assert seen[0] == [0, 0, 0, 1, 1, 1]
+    assert all(answers == seen[0] for answers in seen)
 
 
 def test_the_sweep_is_planned_from_the_time_of_a_round(run_file: Path, files: TaskFiles) -> None:
