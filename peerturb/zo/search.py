@@ -190,15 +190,12 @@ def _none_lasts(final: Sequence[Outcome]) -> str:
 def _neighbours(chosen: Outcome, *trials: Sequence[Outcome]) -> str:
     """Say what the next larger rate did at that epsilon, in the first of the trials that had one, and what it means."""
     rate, epsilon = chosen.setting.learning_rate, chosen.setting.epsilon
+    what = "no larger rate was tried at that epsilon"
     for done in trials:
         larger = [one for one in done if one.setting.epsilon == epsilon and one.setting.learning_rate > rate]
         if larger:
+            nearest = min(larger, key=lambda one: one.setting.learning_rate)
+            learned = f"gains {nearest.gain:.4f} in {nearest.rounds}" if nearest.has_learned else "learns nothing"
+            what = f"{nearest.setting.learning_rate:g} {'diverges' if nearest.has_diverged else learned}"
             break
-    else:
-        return "no larger rate was tried at that epsilon"
-    nearest = min(larger, key=lambda one: one.setting.learning_rate)
-    what = "diverges" if nearest.has_diverged else f"gains {nearest.gain:.4f} in {nearest.rounds}"
-    return (
-        f"{nearest.setting.learning_rate:g} {what}. A sweep is short and flatters large rates: let the rate fall "
-        "(schedule linear, cosine or plateau)"
-    )
+    return f"{what}. A sweep is short and flatters large rates: let the rate fall (schedule linear, cosine or plateau)"

@@ -173,3 +173,4 @@ def test_a_larger_rate_is_named_from_the_search_where_no_longer_trial_had_one() 
     final = [outcome(Setting(epsilon=1e-3, learning_rate=3.3e-3), 4.5), outcome(START, 3.5)]
     assert "1.5000 in 10 rounds; 0.03 diverges" in recommend(START, done, final).text
     assert "no larger rate" in recommend(START, done[:1], final).text
+    assert "0.03 learns nothing" in recommend(START, [done[0], outcome(larger, 5.01)], final).text
