@@ -13,12 +13,13 @@ from peerturb.manifest import DType
 from peerturb.spec import ModelSpec
 
 ANCHORS = ((2.6e5, 1.5e-2), (9.3e5, 1.5e-2), (3.1e6, 3e-3), (5e8, 5e-4), (1.3e10, 2e-4))
-"""(trained parameters, learning rate of the `normalized` rule). The first three were measured (docs/LOG.md). The fourth
-is the rate that one paper (arXiv 2509.24372) used unchanged for models of 0.5 to 8 billion parameters, whose z-scored
-rewards make the same step as this rule; the last lies between two published rates for 13 billion, 5e-5 and 5e-4."""
+"""(trained parameters, learning rate of the `normalized` rule). The first three were measured, on whole models
+(docs/LOG.md); nothing was on adapters, which take the rate of their size. The fourth is the rate that one paper (arXiv
+2509.24372) used unchanged for models of 0.5 to 8 billion parameters, whose z-scored rewards make the same step as this
+rule; the last lies between two published rates for 13 billion, 5e-5 and 5e-4."""
 
 MEASURED_MIN, MEASURED_MAX = 260_000, 3_200_000
-"""Sizes between which the rates rest on measurements of this project."""
+"""Sizes of whole models between which the rates rest on measurements of this project."""
 
 LARGE = 100_000_000
 """Parameters from which on a round is bounded by time instead of by a number of probes."""
@@ -50,10 +51,10 @@ def preset(parameters: int, kind: str = "text", *, dtype: DType = "float32", is_
     why: dict[str, str] = {}
     if is_adapter:
         epsilon = 1e-2
-        why["epsilon"] = "published for adapters (MeZO with LoRA)"
+        why["epsilon"] = "published for adapters (MeZO with LoRA), not measured here"
     elif dtype == "bfloat16":
         epsilon = 3e-3
-        why["epsilon"] = "bfloat16 losses: agrees with float32 at 0.994 and more, 1e-3 at 0.946"
+        why["epsilon"] = "bfloat16: gradients correlate with float32's at 0.994 or more; at 1e-3, on one model, 0.946"
     else:
         epsilon = 1e-3
         why["epsilon"] = "float32: 1e-4 learns as fast, 1e-2 on one of two models slower"
@@ -67,9 +68,8 @@ def preset(parameters: int, kind: str = "text", *, dtype: DType = "float32", is_
     budget_ms = 0 if parameters < LARGE else 20_000
     why["budget_ms"] = "0: always probes_max" if not budget_ms else "slow machines send what they measure in this time"
     examples = 2 if kind in ("labels", "classes") else 1
-    why["examples_per_probe"] = (
-        "short prompts; many small probes beat few big ones" if examples > 1 else "many small probes beat few big ones"
-    )
+    one = "many small probes did as well as few big ones, or better"
+    why["examples_per_probe"] = "short prompts; as in the trials on SST-2" if examples > 1 else one
     why["rounds"] = "linear to a tenth of the rate: the end settles"
     return Preset(
         epsilon=epsilon,
@@ -97,7 +97,7 @@ def _evidence(parameters: int) -> str:
     if parameters > MEASURED_MAX:
         return f"by size, for {_count(parameters)} parameters, from published rates, not measured here"
     if parameters < MEASURED_MIN:
-        return f"as measured at {_count(MEASURED_MIN)} parameters"
+        return f"as measured at {_count(MEASURED_MIN)} parameters, the smallest tried"
     return f"between rates measured at {_count(MEASURED_MIN)} and {_count(MEASURED_MAX)} parameters"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from peerturb.errors import DataError, ModelError
 from peerturb.spec import ModelSpec, ObjectiveSpec, RunSpec, StepSpec
 from peerturb.zo.base import load_base
+from peerturb.zo.data import evenly
 from peerturb.zo.objective import Objective, TokenSequence
 from peerturb_bench.single import Case, shared_folder
 
@@ -144,6 +145,4 @@ def _split(bound: Objective, folder: Path, task: Task) -> tuple[list[TokenSequen
         return sequences, bound.load(folder / task.heldout)
     whole = [item for item in sequences if len(item.tokens) == task.objective.tokens_max]
     cut = len(whole) * 9 // 10
-    held = whole[cut:]
-    step = max(1, len(held) // HELDOUT)
-    return whole[:cut], held[::step][:HELDOUT]
+    return whole[:cut], evenly(whole[cut:], HELDOUT)

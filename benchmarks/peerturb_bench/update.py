@@ -2,8 +2,8 @@
 
 Both work in the same process, one right after the other, repeatedly, so that a noisy machine slows both alike. The
 unit is 10^9 (parameter x perturbation) a second. value: peerturb, the median. reference: the generator loop, the
-median; its `add_` carries the code as a factor, as the real loop must. ratio: value / reference, on a CPU at least
-1 000 for `rank1` and 40 for `dense`.
+median; its `add_` carries the code as a factor, as the real loop must. ratio: value / reference, on a CPU in float32
+at least 1 000 for `rank1` and 40 for `dense`.
 
 Where there is a CUDA device, rows `cuda ...` follow: ms of an update of all matrices and vectors of a Llama of 6.7 x
 10^9 parameters in bfloat16, 160 probes, both families. reference: the limit on an H200 that the project set itself
@@ -29,7 +29,7 @@ from peerturb_bench.rows import Row
 
 ALPHA = float(np.float32(1e-6))
 TARGETS: dict[Family, float] = {"rank1": 1_000.0, "dense": 40.0}
-"""Ratio on a CPU, at least."""
+"""Ratio on a CPU in float32, at least."""
 LOOP_DRAWS = 4
 """Perturbations one timing of the loop draws; each costs the same."""
 

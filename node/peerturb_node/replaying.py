@@ -17,7 +17,7 @@ from peerturb.zo.base import open_base
 from peerturb.zo.export import export_model
 from peerturb.zo.model import build_manifest, trainable_weights
 from peerturb.zo.replay import replay
-from peerturb_node.compute.torch_compute import choose_device
+from peerturb_node.compute.prepared import choose_device
 from peerturb_node.logsource import warn_of_torn_tail
 
 

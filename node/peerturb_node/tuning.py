@@ -6,21 +6,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from peerturb.errors import DataError, SpecError
+from peerturb.errors import SpecError
 from peerturb.presets import number, preset
 from peerturb.spec import RunSpec
-from peerturb.zo.base import open_base
-from peerturb.zo.batch import Runner
 from peerturb.zo.checkpoint import load_checkpoint
+from peerturb.zo.data import evenly
 from peerturb.zo.evaluate import evaluate
-from peerturb.zo.model import build_manifest, trainable_weights
-from peerturb.zo.objective import Objective
 from peerturb.zo.search import SETTINGS_TYPICAL, Outcome, Recommendation, Setting, finalists, next_setting, recommend
 from peerturb.zo.sweep import Sweep
-from peerturb_node.compute.torch_compute import choose_device
-from peerturb_node.data import local_objective
+from peerturb_node.compute.prepared import Prepared
 from peerturb_node.settings import NodeSettings
 
 ROUNDS_MIN, ROUNDS_MAX = 6, 40
@@ -36,7 +30,7 @@ FINAL_ROUNDS_MAX = 160
 """Rounds of a longer trial."""
 
 HELD_OUT_MAX = 256
-"""Held-out examples looked at, the first ones."""
+"""Held-out examples looked at, spread over the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +51,10 @@ class Tuned:
     final: tuple[Outcome, ...]
     """Of the longer trials; empty if there was no time for both."""
     recommendation: Recommendation
+    compute_dtype: str
+    """Type in which losses were computed."""
+    warning: str | None
+    """What a node would say about the recommended epsilon in that type (without one: about the start's), or None."""
     is_cut: bool
     """Whether the budget ended the sweep."""
     seconds: float
@@ -66,6 +64,7 @@ class Tuned:
         return {
             "model": self.model,
             "parameters": self.parameters,
+            "compute_dtype": self.compute_dtype,
             "probes": self.probes,
             "rounds": self.rounds,
             "seconds": round(self.seconds, 1),
@@ -76,6 +75,7 @@ class Tuned:
             if self.recommendation.setting is None
             else {**asdict(self.recommendation.setting), "initial_scale": self.scale},
             "text": self.recommendation.text,
+            "warning": self.warning,
             "toml": self.toml,
         }
 
@@ -127,7 +127,10 @@ def tune(
         LogError: the checkpoint belongs to another run.
         RefusedError: the base weights are not the run's.
     """
-    sweep, start, parameters = _load(spec, settings, checkpoint, probes)
+    prepared = _prepare(spec, settings, checkpoint)
+    parameters = sum(entry.elements for entry in prepared.manifest)
+    start = starting_point(spec, parameters)
+    sweep = _sweep(prepared, spec, settings, probes)
     began_s = now_s()
     end_s = began_s + budget_s
     sweep.settle()
@@ -144,18 +147,12 @@ def tune(
         on_outcome(outcome)
         return outcome
 
-    def search(*, with_epsilon: bool) -> bool:
-        """Go on with the search; return whether time ended it."""
-        while (setting := next_setting(start, outcomes)) is not None:
-            if setting.epsilon != start.epsilon and not with_epsilon:
-                break
-            if (outcome := run(setting, rounds)) is None:
-                return True
+    is_cut = False
+    while not is_cut and (setting := next_setting(start, outcomes)) is not None:
+        if (outcome := run(setting, rounds)) is None:
+            is_cut = True
+        else:
             outcomes.append(outcome)
-        return False
-
-    # Epsilon last: it matters least where time is short.
-    is_cut = search(with_epsilon=False)
     final: list[Outcome] = []
     longer = 0 if is_cut else _longer(outcomes, rounds, end_s - now_s())
     for setting in finalists(start, outcomes) if longer else ():
@@ -163,7 +160,7 @@ def tune(
             final, is_cut = [], True  # one alone cannot be compared
             break
         final.append(outcome)
-    is_cut = is_cut or search(with_epsilon=True)
+    found = recommend(start, outcomes, final)
     return Tuned(
         model=spec.model.name,
         parameters=parameters,
@@ -173,7 +170,9 @@ def tune(
         scale=sweep.scale,
         outcomes=tuple(outcomes),
         final=tuple(final),
-        recommendation=recommend(start, outcomes, final),
+        recommendation=found,
+        compute_dtype=prepared.compute_dtype,
+        warning=prepared.warning((found.setting or start).epsilon),
         is_cut=is_cut,
         seconds=now_s() - began_s,
     )
@@ -189,47 +188,43 @@ def _plan(sweep: Sweep[Any], round_s: float, budget_s: float) -> int:
 
 
 def _longer(outcomes: list[Outcome], rounds: int, left_s: float) -> int:
-    """Return the rounds of two longer trials, beside two more settings; 0 if they would hardly be longer."""
+    """Return the rounds of two longer trials; 0 if they would hardly be longer."""
     whole = [one.seconds / one.rounds for one in outcomes if one.rounds == rounds]
     if not whole:
         return 0
     # A tenth in reserve: a trial that is cut short is lost.
-    possible = int(0.9 * left_s / 2 / max(max(whole), 1e-6)) - rounds
+    possible = int(0.9 * left_s / 2 / max(max(whole), 1e-6))
     return min(possible, FINAL_ROUNDS_MAX) if possible >= 1.5 * rounds else 0
 
 
-def _load(
-    spec: RunSpec, settings: NodeSettings, checkpoint: Path | None, probes: int | None
-) -> tuple[Sweep[Any], Setting, int]:
-    if settings.data is None:
-        raise DataError("no training data given: --data FILE says what the sweep learns from")
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    source = settings.model or spec.model.name
-    model, tokenizer = open_base(source, spec, device=choose_device(settings.device))
-    manifest = build_manifest(model, spec.model)
+def _prepare(spec: RunSpec, settings: NodeSettings, checkpoint: Path | None) -> Prepared:
+    prepared = Prepared(spec, settings)
     if checkpoint is not None:
-        named = trainable_weights(model, manifest)
         load_checkpoint(
-            checkpoint.expanduser(), manifest, named, spec_digest=spec.digest.hex(), base_digest=spec.model.digest
-        )
-    objective = Objective.of(local_objective(spec.objective, settings), model, tokenizer)
-    items = objective.load(settings.data.expanduser())
-    held = objective.load(settings.eval.expanduser())[:HELD_OUT_MAX] if settings.eval is not None else []
-    runner = Runner(model, manifest, objective)
+            checkpoint.expanduser(), prepared.manifest, prepared.named,
+            spec_digest=spec.digest.hex(), base_digest=spec.model.digest,
+        )  # fmt: skip
+        prepared.changed()
+        prepared.refresh()
+    return prepared
+
+
+def _sweep(prepared: Prepared, spec: RunSpec, settings: NodeSettings, probes: int | None) -> Sweep[Any]:
+    held = evenly(prepared.held_out, HELD_OUT_MAX)
 
     def held_out() -> float:
-        found = evaluate(runner, held)
+        found = evaluate(prepared.runner, held)
         assert found is not None  # nothing stops it
         return found.loss
 
-    parameters = sum(entry.elements for entry in manifest)
-    start = starting_point(spec, parameters)
-    sweep = Sweep(
-        runner, spec, items, manifest,
-        held_out=held_out if held else None, probes=probes, rows_max=settings.rows or None,
+    def follow() -> None:
+        prepared.changed()
+        prepared.refresh()
+
+    return Sweep(
+        prepared.runner, spec, prepared.items, prepared.manifest, weights=list(prepared.named.values()),
+        on_update=follow, held_out=held_out if held else None, probes=probes, rows_max=settings.rows or None,
     )  # fmt: skip
-    return sweep, start, parameters
 
 
 def starting_point(spec: RunSpec, parameters: int) -> Setting:

@@ -7,16 +7,18 @@ import gzip
 import json
 import string
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peerturb.errors import DataError
 from peerturb.spec import ObjectiveSpec, template_fields
+
+Item = TypeVar("Item")
 
 FAULTS_SHOWN_MAX = 10
 """Bad lines listed in one error."""
@@ -178,6 +180,12 @@ def _plain_text(path: Path, objective: ObjectiveSpec) -> Example:
     if not text.strip():
         raise DataError(f"{path} is empty")
     return Example(prompt=text, where=str(path))
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """Return at most so many items, spread over all of them: the first ones of a sorted file stand for one label."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 class Draw:

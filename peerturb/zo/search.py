@@ -2,12 +2,13 @@
 
 Rates first, in steps of three from the start until the best one lies between two that were tried; then epsilon, ten
 times larger and smaller, at the best rate. Few rounds flatter large rates: a rate can lead after ten rounds and rise
-from there on. So what time is left goes to a longer trial of the best rate against a third of it.
+from there on. So what time is left goes to a longer trial of the best rate against a third of it, both at the epsilon
+that is recommended: what is recommended has been tried as it stands.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peerturb.presets import two_digits
 
@@ -113,17 +114,17 @@ def next_setting(start: Setting, done: Sequence[Outcome]) -> Setting | None:
 
 
 def finalists(start: Setting, done: Sequence[Outcome]) -> list[Setting]:
-    """Return what to try for longer: the rate that gained most, and a third of it. Nothing if nothing has learned."""
-    learned = [one for one in done if one.has_learned and not one.has_diverged]
+    """Return what to try for longer: the rate that gained most, and a third of it, at the better epsilon. Nothing if
+    nothing has learned."""
+    learned = _learned(done)
     if not learned:
         return []
-    most = max(learned, key=lambda one: (one.setting.epsilon == start.epsilon, one.gain)).setting
-    smaller = two_digits(most.learning_rate / RATE_STEP)
-    return [Setting(epsilon=most.epsilon, learning_rate=smaller), most]
+    most = max(_at_the_better_epsilon(start, learned), key=lambda one: one.gain).setting
+    return [replace(most, learning_rate=two_digits(most.learning_rate / RATE_STEP)), most]
 
 
 def recommend(start: Setting, done: Sequence[Outcome], final: Sequence[Outcome] = ()) -> Recommendation:
-    """Return the setting to use and why.
+    """Return the setting to use and why: one that was tried, never a rate from here and an epsilon from there.
 
     Among rates whose gain is nearly the best, the smallest one; another epsilon than the start's only where it gains
     more by more than its error.
@@ -131,32 +132,38 @@ def recommend(start: Setting, done: Sequence[Outcome], final: Sequence[Outcome] 
     Args:
         start: where the search began.
         done: outcomes of the search.
-        final: outcomes of the longer trials; if one of them has learned, the rate is chosen among them.
+        final: outcomes of the longer trials; if there are any, only they count: a rate that rises in the end is none to
+            recommend, whatever it did at first.
     """
-    learned = [one for one in done if one.has_learned and not one.has_diverged]
+    learned = _learned(done)
     if not learned:
         return Recommendation(setting=None, text=_nothing(done))
-    at_start = [one for one in learned if one.setting.epsilon == start.epsilon] or learned
-    most = max(one.gain for one in at_start)
-    chosen = min((one for one in at_start if one.gain >= ENOUGH_GAIN * most), key=lambda one: one.setting.learning_rate)
-    others = [one for one in learned if one.setting.epsilon != start.epsilon]
-    better = max(others, key=lambda one: one.gain, default=chosen)
-    epsilon = chosen.setting.epsilon
-    if better.gain - most > ERRORS * better.error:
-        epsilon = better.setting.epsilon
-    finished = [one for one in final if one.has_learned and not one.has_diverged]
-    if finished:
-        chosen = _smallest_of_the_best(finished)
-    rate = chosen.setting.learning_rate
+    candidates = _learned(final) if final else _at_the_better_epsilon(start, learned)
+    if not candidates:
+        return Recommendation(setting=None, text=_none_lasts(final))
+    most = max(one.gain for one in candidates)
+    enough = [one for one in candidates if one.gain >= ENOUGH_GAIN * most]
+    chosen = min(enough, key=lambda one: one.setting.learning_rate)
+    rate, epsilon = chosen.setting.learning_rate, chosen.setting.epsilon
     gain = f"the loss falls by {chosen.gain:.4f} in {chosen.rounds} rounds"
-    text = f"learning rate {rate:g}, epsilon {epsilon:g}: {gain}; {_neighbours(chosen, final if finished else done)}"
-    return Recommendation(setting=Setting(epsilon=epsilon, learning_rate=rate), text=text)
+    text = f"learning rate {rate:g}, epsilon {epsilon:g}: {gain}; {_neighbours(chosen, final, done)}"
+    return Recommendation(setting=chosen.setting, text=text)
 
 
-def _smallest_of_the_best(outcomes: Sequence[Outcome]) -> Outcome:
-    """Return the smallest rate whose gain is nearly the largest."""
-    most = max(one.gain for one in outcomes)
-    return min((one for one in outcomes if one.gain >= ENOUGH_GAIN * most), key=lambda one: one.setting.learning_rate)
+def _learned(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [one for one in outcomes if one.has_learned and not one.has_diverged]
+
+
+def _at_the_better_epsilon(start: Setting, learned: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes at the start's epsilon, or at another that gains more by more than its error."""
+    at_start = [one for one in learned if one.setting.epsilon == start.epsilon]
+    others = [one for one in learned if one.setting.epsilon != start.epsilon]
+    if not others:
+        return at_start
+    better = max(others, key=lambda one: one.gain)
+    if at_start and better.gain - max(one.gain for one in at_start) <= ERRORS * better.error:
+        return at_start
+    return [one for one in others if one.setting.epsilon == better.setting.epsilon]
 
 
 def _nothing(done: Sequence[Outcome]) -> str:
@@ -171,15 +178,24 @@ def _nothing(done: Sequence[Outcome]) -> str:
     )
 
 
-def _neighbours(chosen: Outcome, done: Sequence[Outcome]) -> str:
-    """Say what the next larger rate did, and what that means."""
-    rate = chosen.setting.learning_rate
-    larger = [one for one in done if one.setting.epsilon == chosen.setting.epsilon and one.setting.learning_rate > rate]
-    if not larger:
-        return "no larger rate was tried"
-    nearest = min(larger, key=lambda one: one.setting.learning_rate)
-    what = "diverges" if nearest.has_diverged else f"gains {nearest.gain:.4f}"
+def _none_lasts(final: Sequence[Outcome]) -> str:
+    smallest = min(one.setting.learning_rate for one in final)
+    rates = " and ".join(f"{one.setting.learning_rate:g}" for one in final)
     return (
-        f"{nearest.setting.learning_rate:g} {what}. A sweep is short and flatters large rates: let the rate fall "
-        "(schedule linear, cosine or plateau)"
+        f"what learned at first does not last: in longer trials the rates {rates} learn nothing; give "
+        f"step.learning_rate = {two_digits(smallest / RATE_STEP):g} and tune again"
     )
+
+
+def _neighbours(chosen: Outcome, *trials: Sequence[Outcome]) -> str:
+    """Say what the next larger rate did at that epsilon, in the first of the trials that had one, and what it means."""
+    rate, epsilon = chosen.setting.learning_rate, chosen.setting.epsilon
+    what = "no larger rate was tried at that epsilon"
+    for done in trials:
+        larger = [one for one in done if one.setting.epsilon == epsilon and one.setting.learning_rate > rate]
+        if larger:
+            nearest = min(larger, key=lambda one: one.setting.learning_rate)
+            learned = f"gains {nearest.gain:.4f} in {nearest.rounds}" if nearest.has_learned else "learns nothing"
+            what = f"{nearest.setting.learning_rate:g} {'diverges' if nearest.has_diverged else learned}"
+            break
+    return f"{what}. A sweep is short and flatters large rates: let the rate fall (schedule linear, cosine or plateau)"

@@ -11,12 +11,14 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from peerturb import codec
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.spec import RunSpec
 from peerturb.zo.batch import Evaluator
+from peerturb.zo.data import evenly
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.room import in_parts
 from peerturb.zo.search import Outcome, Setting
@@ -41,10 +43,12 @@ class Sweep(Generic[Item]):
     """A model at its saved point, its data, and the means to go back.
 
     Args:
-        evaluator: gives losses; its parameters are updated and restored in place.
+        evaluator: gives losses.
         spec: the run's; its epsilon and step are what is varied.
         items: training examples.
         manifest: what is trained, in the order of the evaluator's parameters.
+        weights: trained, updated and restored in place; by default the evaluator's own parameters.
+        on_update: called whenever the weights were written, for an evaluator that computes from a copy of them.
         held_out: returns the held-out loss of the weights as they are; None without held-out data.
         probes: in a round.
         rows_max: most rows in one forward; by default the engine chooses.
@@ -61,6 +65,8 @@ class Sweep(Generic[Item]):
         items: Sequence[Item],
         manifest: Manifest,
         *,
+        weights: Sequence[Tensor] | None = None,
+        on_update: Callable[[], None] = lambda: None,
         held_out: Callable[[], float] | None = None,
         probes: int | None = None,
         rows_max: int | None = None,
@@ -70,13 +76,13 @@ class Sweep(Generic[Item]):
         """Scale that suits round 0 at the saved point; found by `settle`."""
         self._spec = spec
         self._manifest = manifest
-        self._weights = [weight for _, weight in evaluator.parameters]
+        self._weights = [weight for _, weight in evaluator.parameters] if weights is None else list(weights)
+        self._on_update = on_update
         with memory_for("a second copy of the weights", evaluator.device):
             self._saved = [weight.clone() for weight in self._weights]
         self._evaluator = evaluator
         self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
-        chosen = np.linspace(0, len(items) - 1, min(SAMPLE_ITEMS, len(items))).astype(int)
-        self._sample = [items[index] for index in chosen]
+        self._sample = evenly(items, SAMPLE_ITEMS)
         self._held_out = held_out
         self._before = self._losses()
         self._held_out_before = None if held_out is None else held_out()
@@ -108,6 +114,7 @@ class Sweep(Generic[Item]):
         with torch.no_grad():
             for weight, saved in zip(self._weights, self._saved, strict=True):
                 weight.copy_(saved)
+        self._on_update()
 
     def _run(self, setting: Setting, rounds: int, should_stop: Callable[[], bool]) -> Outcome | None:
         spec = self._with(setting)
@@ -122,6 +129,7 @@ class Sweep(Generic[Item]):
                 self._weights, self._manifest, family=spec.perturbation.family, run_key=spec.run_key, round=number,
                 slots=[SLOT], counts=[len(result.codes)], codes=result.codes, alpha=float(alpha),
             )  # fmt: skip
+            self._on_update()
             scale = float(codec.next_scale(scale, result.codes))
             sealed.append(result.codes)
             done = number + 1

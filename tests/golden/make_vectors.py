@@ -1,4 +1,4 @@
-"""Write numerics.json: known answers for every normative line of the numerics (docs/numerics.md).
+"""Write numerics.json: known answers for sections 1 to 8 of the numerics (docs/numerics.md).
 
 It shares no code with the package: plain numpy, one element at a time wherever that is fast enough. Run it after a
 deliberate change of the protocol:  python tests/golden/make_vectors.py

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from peerturb.errors import DataError
 from peerturb.spec import ObjectiveSpec
-from peerturb.zo.data import Draw, read_examples
+from peerturb.zo.data import Draw, evenly, read_examples
 
 LABELS: dict[str, Any] = {"kind": "labels", "labels": {"0": " bad", "1": " good"}, "template": "{text} It was"}
 
@@ -173,3 +174,13 @@ def test_slots_and_runs_draw_differently() -> None:
         tuple(tuple(d.indices(0, s)) for s in range(5)) for d in (draw(20), draw(20, slot=4), draw(20, run_key=12))
     }
     assert len(orders) == 3
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_a_sample_is_spread_over_everything(total: int, count: int) -> None:
+    chosen = evenly(range(total), count)
+    assert len(chosen) == min(total, count)
+    edges = [-1, *chosen, total]
+    steps = [later - earlier for earlier, later in pairwise(edges)]
+    assert all(1 <= step <= total / count + 1 for step in steps) or count >= total
+    assert chosen == sorted(set(chosen))

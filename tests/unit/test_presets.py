@@ -49,6 +49,14 @@ def test_every_value_has_a_reason_that_tells_measured_from_published() -> None:
         assert "measured" in why["learning_rate"]
 
 
+@pytest.mark.parametrize("parameters", SIZES)
+def test_no_value_for_adapters_claims_a_measurement(parameters: int) -> None:
+    why = preset(parameters, is_adapter=True).why
+    assert "not measured for adapters" in why["learning_rate"]
+    assert "not measured here" in why["epsilon"]
+    assert "as measured" not in " ".join(why.values())
+
+
 @pytest.mark.parametrize("kind", ["lora", "vera"])
 def test_a_file_for_an_adapter_has_its_seed_and_epsilon(kind: str) -> None:
     adapter = AdapterSpec.model_validate({"kind": kind, "rank": 4, "targets": ("*.q_proj",)})

@@ -67,6 +67,24 @@ def test_no_epsilon_above_one_is_tried() -> None:
     assert all(one.setting.epsilon <= 1 for one in search(valley(1e-2), start))
 
 
+LOSSES = st.sampled_from([1.0, 3.0, 4.0, 4.9, 5.0, 5.02, 8.0, math.nan, math.inf])
+
+
+@given(st.lists(LOSSES, min_size=RATES_MAX + 2, max_size=RATES_MAX + 2), st.lists(LOSSES, min_size=2, max_size=2))
+def test_what_is_recommended_has_been_tried_for_longer_and_the_gain_is_its_own(
+    losses: list[float], ends: list[float]
+) -> None:
+    done = search(lambda setting: losses.pop())
+    final = [outcome(setting, end) for setting, end in zip(finalists(START, done), ends, strict=False)]
+    assert len({one.setting.epsilon for one in final}) <= 1
+    for trials, found in ((done, recommend(START, done)), (final or done, recommend(START, done, final))):
+        assert found.text
+        if found.setting is not None:
+            (tried,) = [one for one in trials if one.setting == found.setting]
+            assert tried.has_learned
+            assert f"falls by {tried.gain:.4f} in {tried.rounds} rounds" in found.text
+
+
 @given(st.lists(st.sampled_from([1.0, 4.9, 5.0, 5.02, 8.0, math.nan, math.inf]), min_size=10, max_size=10))
 def test_the_search_ends_whatever_comes(losses: list[float]) -> None:
     left = list(losses)
@@ -129,7 +147,30 @@ def test_without_anything_learned_there_is_no_longer_trial() -> None:
     assert finalists(START, []) == []
 
 
-def test_longer_trials_are_at_the_epsilon_of_the_start_where_that_learned() -> None:
+def test_longer_trials_are_at_the_epsilon_that_is_recommended() -> None:
+    """Each with the rates of its own: a gain at one epsilon says nothing of the same rate at another."""
     other = Setting(epsilon=1e-2, learning_rate=1e-2)
-    assert {one.epsilon for one in finalists(START, [outcome(START, 4.5), outcome(other, 4.0)])} == {1e-3}
-    assert {one.epsilon for one in finalists(START, [outcome(START, 6.0), outcome(other, 4.0)])} == {1e-2}
+    for at_start, at_other, epsilon in ((4.5, 4.0, 1e-2), (4.5, 4.47, 1e-3), (6.0, 4.0, 1e-2), (4.5, 6.0, 1e-3)):
+        done = [outcome(START, at_start), outcome(other, at_other)]
+        small, large = finalists(START, done)
+        assert (small.epsilon, small.learning_rate, large.learning_rate) == (epsilon, 3.3e-3, 1e-2)
+        assert large.epsilon == epsilon
+        assert recommend(START, done).setting == large
+        assert recommend(START, done, [outcome(small, 3.8), outcome(large, 4.1)]).setting == small
+
+
+def test_rates_that_rise_in_longer_trials_are_not_recommended() -> None:
+    done = [outcome(START, 4.0)]
+    final = [outcome(setting, 6.0) for setting in finalists(START, done)]
+    found = recommend(START, done, final)
+    assert found.setting is None
+    assert "0.0033 and 0.01 learn nothing; give step.learning_rate = 0.0011" in found.text
+
+
+def test_a_larger_rate_is_named_from_the_search_where_no_longer_trial_had_one() -> None:
+    larger = Setting(epsilon=1e-3, learning_rate=3e-2)
+    done = [outcome(START, 4.0), outcome(larger, math.nan)]
+    final = [outcome(Setting(epsilon=1e-3, learning_rate=3.3e-3), 4.5), outcome(START, 3.5)]
+    assert "1.5000 in 10 rounds; 0.03 diverges" in recommend(START, done, final).text
+    assert "no larger rate" in recommend(START, done[:1], final).text
+    assert "0.03 learns nothing" in recommend(START, [done[0], outcome(larger, 5.01)], final).text

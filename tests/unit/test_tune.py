@@ -7,14 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from peerturb import cli
+from peerturb import cli, codec
 from peerturb.errors import SpecError
+from peerturb.ids import RoundNumber, Slot
+from peerturb.protocol.outputs import Measure
+from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
+from peerturb.zo.batch import Runner
 from peerturb.zo.checkpoint import CheckpointInfo, save_checkpoint
+from peerturb.zo.evaluate import evaluate
 from peerturb.zo.model import build_manifest, load_model, trainable_weights
 from peerturb_node import settings as settings_module
+from peerturb_node import tuning
+from peerturb_node.compute.torch_compute import TorchCompute
 from peerturb_node.demo import BASE_MODEL_FOLDER
 from peerturb_node.demo.task import TaskFiles, write_task
 from peerturb_node.tuning import ROUNDS_MAX, ROUNDS_MIN, starting_point, tune
@@ -114,6 +122,77 @@ def test_json_has_every_setting(run: Run, run_file: Path, files: TaskFiles) -> N
     assert ROUNDS_MIN <= document["rounds"] <= ROUNDS_MAX
     assert code == (0 if document["recommendation"] else 1)
     assert bool(document["toml"]) == (document["recommendation"] is not None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_measures_what_a_node_with_these_settings_does(run_file: Path, files: TaskFiles, dtype: str) -> None:
+    """The first setting is the RunSpec's own: a node that starts with its scale gets the same codes and loss."""
+    spec = RunSpec.from_toml(run_file)
+    settings = settings_of(files, eval=files.heldout, compute_dtype=dtype)
+    seconds = itertools.count(step=100)
+    found = tune(spec, settings, checkpoint=None, budget_s=1, probes=None, now_s=lambda: float(next(seconds)))
+    (outcome,) = found.outcomes
+    node = TorchCompute(spec, settings)
+    assert found.compute_dtype == node.compute_dtype == dtype
+    before = node.evaluate(lambda: False)
+    scale, sent = found.scale, []
+    for number in range(outcome.rounds):
+        work = Measure(round=RoundNumber(number), scale=scale, count=spec.round.probes_max)
+        measured = node.measure(work, Slot(0), lambda: False)
+        codes = np.frombuffer(measured.codes, dtype=np.int8)
+        alpha = float(codec.step_size(spec.step, number, scale, codes, 0))
+        node.apply(
+            RoundSealed(
+                round=work.round, alpha=alpha, loss=measured.loss, digest=0, slots=(Slot(0),), counts=(len(codes),),
+                codes=measured.codes,
+            )
+        )  # fmt: skip
+        scale = float(codec.next_scale(scale, codes))
+        sent.append(codes.astype(float))
+    after = node.evaluate(lambda: False)
+    assert before is not None
+    assert after is not None
+    assert (outcome.held_out_before, outcome.held_out_after) == (before.loss, after.loss)
+    assert outcome.rms == pytest.approx(np.sqrt(np.mean(np.concatenate(sent) ** 2)))
+    assert after.loss != before.loss
+
+
+def test_it_warns_of_an_epsilon_as_a_node_does(tmp_path: Path, files: TaskFiles, run: Run) -> None:
+    path = write_spec(tmp_path / "RUN.toml", extra="[perturbation]\nepsilon = 1e-6\n")
+    words: list[str | Path] = ["tune", path, "--data", files.train[0], "--model", BASE_MODEL_FOLDER, "--budget", "1"]
+    said = {}
+    for dtype in ("float32", "bfloat16"):
+        _, out, _ = run(*words, "--device", "cpu", "--json", "--compute-dtype", dtype)
+        said[dtype] = json.loads(out)
+        assert said[dtype]["compute_dtype"] == dtype
+    assert said["float32"]["warning"] is None
+    recommended = said["bfloat16"]["recommendation"]
+    epsilon = 1e-6 if recommended is None else recommended["epsilon"]
+    assert f"perturbation.epsilon = {epsilon:g} is below the resolution of bfloat16" in said["bfloat16"]["warning"]
+    _, out, _ = run(*words, "--device", "cpu", "--compute-dtype", "bfloat16")
+    assert "losses in bfloat16" in out
+    assert "warning: perturbation.epsilon" in out
+
+
+def test_held_out_examples_of_a_sorted_file_are_of_all_labels(
+    run_file: Path, files: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = sorted(files.heldout.read_text(encoding="utf-8").splitlines(), key=lambda line: json.loads(line)["label"])
+    sorted_file = tmp_path / "sorted.jsonl"
+    sorted_file.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(tuning, "HELD_OUT_MAX", 6)
+    seen: list[Any] = []
+
+    def look(runner: Runner, sequences: list[Any]) -> Any:
+        seen.append([sequence.answer for sequence in sequences])
+        return evaluate(runner, sequences)
+
+    monkeypatch.setattr(tuning, "evaluate", look)
+    seconds = itertools.count(step=100)
+    settings = settings_of(files, eval=sorted_file)
+    tune(RunSpec.from_toml(run_file), settings, checkpoint=None, budget_s=1, probes=2, now_s=lambda: next(seconds))
+    assert seen[0] == [0, 0, 0, 1, 1, 1]
+    assert all(answers == seen[0] for answers in seen)
 
 
 def test_the_sweep_is_planned_from_the_time_of_a_round(run_file: Path, files: TaskFiles) -> None:

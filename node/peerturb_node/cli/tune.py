@@ -38,6 +38,12 @@ def tune(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch decides.")] = 0,
     rows: Annotated[int, typer.Option(help="Most sequences in one pass; 0: the engine decides.")] = 0,
+    compute_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|float32|bfloat16|float16", help="Type in which losses are computed, as nodes will be told."
+        ),
+    ] = "auto",
     fields: Annotated[str | None, typer.Option(metavar="FIELD=COLUMN,...", help="Names of the fields.")] = None,
     template: Annotated[str | None, typer.Option(help="Template for this data, instead of the RunSpec's.")] = None,
     out: Annotated[
@@ -59,12 +65,14 @@ def tune(
     flags = {
         # No coordinator is asked; a node's settings want one.
         "coordinator": "127.0.0.1:7470", "data": data, "eval": eval_, "model": model, "device": device,
-        "threads": threads, "rows": rows, "fields": fields, "template": template,
+        "threads": threads, "rows": rows, "compute_dtype": compute_dtype, "fields": fields, "template": template,
     }  # fmt: skip
     settings = settings_module.load({key: value for key, value in flags.items() if value is not None})
 
+    from peerturb.zo.heap import keep_large_blocks
     from peerturb_node.tuning import tune as sweep
 
+    keep_large_blocks()
     show = _silent if as_json or not sys.stderr.isatty() else _progress
     found = sweep(spec, settings, checkpoint=checkpoint, budget_s=budget, probes=probes, on_outcome=show)
     if out is not None and found.toml:
@@ -116,7 +124,10 @@ def _show(found: "Tuned", out: Path | None) -> None:
     console = Console()
     if console.width < _WIDTH:  # a cut cell says nothing; a terminal wraps the line
         console = Console(width=_WIDTH)
-    console.print(f"{found.parameters:,} parameters, {found.probes} probes a round, {found.seconds:.0f} s")
+    console.print(
+        f"{found.parameters:,} parameters, losses in {found.compute_dtype}, {found.probes} probes a round, "
+        f"{found.seconds:.0f} s"
+    )
     has_held_out = any(one.held_out_after is not None for one in found.outcomes)
     table = Table("rounds", "epsilon", "rate", "training loss", "+-", box=None)
     if has_held_out:
@@ -138,6 +149,8 @@ def _show(found: "Tuned", out: Path | None) -> None:
         console.print("The budget ended the search; --budget gives it more time.")
     # Lines to be copied, and a sentence: neither may be wrapped or cut.
     console.print(f"\n{found.recommendation.text}", soft_wrap=True, markup=False, highlight=False)
+    if found.warning is not None:
+        console.print(f"\nwarning: {found.warning}", soft_wrap=True, markup=False, highlight=False)
     if found.toml:
         console.print(f"\n{found.toml}", soft_wrap=True, markup=False, highlight=False)
     if out is not None and found.toml:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from peerturb_node.doctor.network import Network
-from peerturb_node.doctor.replica import Replica
+from peerturb_node.doctor.replica import NAMES, Replica
 from peerturb_node.doctor.report import Check, skip
 from peerturb_node.settings import NodeSettings
 
@@ -13,7 +13,7 @@ def examine(settings: NodeSettings, *, is_speed_measured: bool) -> Iterator[Chec
     network = Network(settings)
     yield from network.checks()
     if network.description is None:
-        for name in ("model", "base weights", "engine", "data", "memory", "disk", "speed"):
+        for name in NAMES:
             yield skip(name, "the RunSpec is not known")
         return
     replica = Replica(settings=settings, spec=network.description.spec, is_speed_measured=is_speed_measured)

@@ -3,10 +3,11 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from peerturb.spec import RunSpec
+from peerturb.manifest import Manifest
 from peerturb_node.doctor.report import Check, fail, ok
 from peerturb_node.settings import NodeSettings
 
@@ -18,14 +19,28 @@ _LOG_BYTES = 64 * 1024 * 1024
 """Room for a local log: 64 MiB are 100 000 rounds of 600 codes."""
 
 
-def memory_needed(spec: RunSpec, parameters: int, vocabulary: int, width: int, *, copy_bytes: int = 0) -> int:
-    """Estimate what a node needs: weights, one pass of activations and logits, the program itself.
+def tensor_bytes(*models: Any) -> int:
+    """Return the bytes of the models' parameters and buffers, what they share counted once; packed weights as packed.
 
-    Args:
-        copy_bytes: bytes a parameter of a copy in another type (`--compute-dtype`); 0: none.
+    A copy in another type (`--compute-dtype`) is another model that shares what is not floating point.
     """
-    itemsize = 4 if spec.model.dtype == "float32" else 2
-    weights = parameters * (itemsize + copy_bytes)
+    found: dict[int, int] = {}
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            # bitsandbytes keeps the scales of a packed weight beside it, neither parameter nor buffer.
+            state = getattr(tensor, "quant_state", None)
+            for part in (tensor,) if state is None else (tensor, state.absmax):
+                found[part.data_ptr()] = part.numel() * part.element_size()
+    return sum(found.values())
+
+
+def checkpoint_bytes(manifest: Manifest) -> int:
+    """Return the bytes of the tensors in a checkpoint: those that are trained."""
+    return sum(entry.elements * (4 if entry.dtype == "float32" else 2) for entry in manifest)
+
+
+def memory_needed(weights: int, vocabulary: int, width: int) -> int:
+    """Estimate what a node needs: weights (bytes), one pass of activations and logits, the program itself."""
     # A handful of activations and one set of logits are alive at once.
     activations = _FORWARD_TOKENS * (16 * width + 2 * vocabulary) * 4
     update = 2**26
@@ -41,11 +56,11 @@ def check_memory(needed: int, *, is_loaded: bool) -> Check:
     return ok("memory", text)
 
 
-def check_disk(settings: NodeSettings, weights_bytes: int) -> Iterator[Check]:
-    """Compare checkpoint and log with what the state folder's disk has."""
+def check_disk(settings: NodeSettings, each_checkpoint: int) -> Iterator[Check]:
+    """Compare checkpoints (bytes of one) and log with what the state folder's disk has."""
     folder = settings.state.expanduser()
     existing = next(place for place in (folder, *folder.parents) if place.exists())
-    needed = 2 * weights_bytes + _LOG_BYTES
+    needed = 2 * each_checkpoint + _LOG_BYTES
     free = shutil.disk_usage(existing).free
     text = f"about {_mebibytes(needed)} needed under {folder} (two checkpoints and the log), {_mebibytes(free)} free"
     if needed > free:

@@ -9,9 +9,12 @@ from peerturb.errors import DataError, ModelError, PeerturbError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.spec import RunSpec
-from peerturb_node.doctor.machine import check_disk, check_memory, memory_needed
+from peerturb_node.doctor.machine import check_disk, check_memory, checkpoint_bytes, memory_needed, tensor_bytes
 from peerturb_node.doctor.report import Check, fail, ok, skip
 from peerturb_node.settings import NodeSettings
+
+NAMES = ("model", "base weights", "engine", "data", "epsilon", "memory", "compiled loops", "disk", "speed")
+"""Of the checks, in their order."""
 
 _SPEED_PROBES = 16
 
@@ -32,7 +35,7 @@ class Replica:
             from peerturb.zo.base import load_base
             from peerturb.zo.model import TORCH_DTYPES
             from peerturb.zo.shadow import compute_dtype
-            from peerturb_node.compute.torch_compute import choose_device
+            from peerturb_node.compute.prepared import choose_device
         except ImportError as error:
             yield fail("model", f"{error.name} is not installed", 'pip install "peerturb[node]"')
             return
@@ -46,7 +49,7 @@ class Replica:
             model, tokenizer, digest = load_base(source, spec, device=device)
         except PeerturbError as error:
             yield fail("model", str(error), "check the name, or give the model's folder with --model")
-            for name in ("base weights", "engine", "data", "memory", "compiled loops", "disk", "speed"):
+            for name in NAMES[1:]:
                 yield skip(name, "no model")
             return
         seconds = time.perf_counter() - started_s
@@ -63,18 +66,17 @@ class Replica:
             yield self._epsilon(evaluated, manifest)
         else:
             yield skip("data", "the model cannot be trained")
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+            yield skip("epsilon", "the model cannot be trained")
         embedding: Any = model.get_input_embeddings().weight
         vocabulary, width = embedding.shape
         if device.type == "cpu":
-            copy_bytes = dtype.itemsize if is_cast else 0
-            needed = memory_needed(spec, parameters, vocabulary, width, copy_bytes=copy_bytes)
-            yield check_memory(needed, is_loaded=True)
+            held = tensor_bytes(model) if evaluated is None else tensor_bytes(model, evaluated)
+            yield check_memory(memory_needed(held, vocabulary, width), is_loaded=True)
         else:
             free, total = torch.cuda.mem_get_info(device)
             yield ok("memory", f"{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free on {device}, the model loaded")
         yield _compiled_loops()
-        yield from check_disk(settings, parameters * (4 if spec.model.dtype == "float32" else 2))
+        yield from check_disk(settings, 0 if manifest is None else checkpoint_bytes(manifest))
         yield self._speed(engine)
 
     def _base_weights(self, found: str, source: str) -> Check:
