@@ -4,10 +4,12 @@ A task is data and an objective; the learning rate and the probes that peerturb 
 """
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from peerturb.errors import DataError, ModelError
+from peerturb.manifest import DType
 from peerturb.spec import ModelSpec, ObjectiveSpec, RunSpec, StepSpec
 from peerturb.zo.base import load_base
 from peerturb.zo.data import evenly
@@ -39,7 +41,11 @@ class Task:
     """Empty: the last tenth of `train`."""
     learning_rate: float
     probes: int
-    """Of peerturb."""
+    """Of peerturb, each on `objective.examples_per_probe` examples."""
+    exponents: Mapping[str, int] = field(default_factory=dict)
+    """Of peerturb: scale exponents by name pattern (`model.exponents`)."""
+    compute: DType = "float32"
+    """Type in which peerturb computes losses, and in which MeZO's rates are tried."""
     mezo_rates: tuple[float, ...]
     """Learning rates that are tried for MeZO."""
     adamw_rate: float
@@ -51,9 +57,11 @@ SHAKESPEARE = Task(
     objective=ObjectiveSpec(kind="text", tokens_max=64, eval_every=0),
     train="corpora/tinyshakespeare.txt",
     heldout="",
-    learning_rate=1.5e-2,
-    probes=128,
-    mezo_rates=(1e-7, 1e-6, 3e-6, 1e-5, 3e-5),
+    learning_rate=1.5e-3,
+    probes=96,
+    exponents={"*v_proj*": 2, "*o_proj*": 1},
+    compute="bfloat16",
+    mezo_rates=(1e-6, 3e-6, 1e-5),
     adamw_rate=3e-4,
 )
 SST2 = Task(
@@ -71,7 +79,8 @@ SST2 = Task(
     heldout="datasets/sst2/dev_500.jsonl",
     learning_rate=1e-3,
     probes=64,
-    mezo_rates=(1e-7, 1e-6, 1e-5, 1e-4),
+    compute="bfloat16",
+    mezo_rates=(1e-7, 1e-6, 3e-6),
     adamw_rate=1e-4,
 )
 MINILM = Task(
@@ -84,9 +93,10 @@ MINILM = Task(
     ),
     train="datasets/sst2/train_1000.jsonl",
     heldout="datasets/sst2/dev_500.jsonl",
-    learning_rate=1.5e-3,
+    learning_rate=2e-2,
     probes=64,
-    mezo_rates=(1e-4, 3e-4, 1e-3, 3e-3),
+    compute="bfloat16",
+    mezo_rates=(3e-4, 1e-3, 3e-3),
     adamw_rate=1e-4,
 )
 
@@ -133,7 +143,7 @@ def packaged_model(task: Task) -> Path:
 def _spec(task: Task, *, digest: str) -> RunSpec:
     return RunSpec(
         name="target",
-        model=ModelSpec(name=task.model, digest=digest),
+        model=ModelSpec(name=task.model, digest=digest, exponents=dict(task.exponents)),
         step=StepSpec(learning_rate=task.learning_rate),
         objective=task.objective,
     )

@@ -2,11 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from peerturb.manifest import DType
 from peerturb_bench.rows import Row
 
 LEARNERS = ("peerturb", "MeZO", "AdamW")
@@ -32,6 +33,8 @@ class Curve:
     learner: str
     seed: int
     learning_rate: float
+    compute: DType = "float32"
+    """Type in which losses are computed, but for those of the points."""
     points: list[Point] = field(default_factory=list)
 
     @property
@@ -72,8 +75,8 @@ class Curve:
 class Trials:
     """All runs of one task."""
 
-    tried: Mapping[float, float]
-    """MeZO's learning rates -> the loss that each ended with on the first seed."""
+    tried: Sequence[Curve]
+    """MeZO's runs on the first seed, with several rates, from which one was chosen."""
     curves: Sequence[Curve]
 
     def of(self, learner: str) -> list[Curve]:
@@ -85,7 +88,10 @@ class Trials:
         curves = [asdict(curve) for curve in self.curves]
         for point in (point for curve in curves for point in curve["points"]):
             point["loss"] = _finite(point["loss"])
-        tried = [{"learning_rate": rate, "loss": _finite(loss)} for rate, loss in self.tried.items()]
+        tried = [
+            {"learning_rate": curve.learning_rate, "compute": curve.compute, "loss": _finite(curve.end.loss)}
+            for curve in self.tried
+        ]
         return {"tried": tried, "curves": curves}
 
 
@@ -146,8 +152,8 @@ def _ends(task: str, trials: Trials) -> list[Row]:
     for learner in LEARNERS:
         curves = trials.of(learner)
         before, ends = curves[0].points[0], [curve.end for curve in curves]
-        name = f"{task}: loss at the end, {learner} (lr {curves[0].learning_rate:g})"
-        note = "; ".join(f"{rate:g}: {loss:.4f}" for rate, loss in trials.tried.items())
+        name = f"{task}: loss at the end, {learner} (lr {curves[0].learning_rate:g}, {curves[0].compute})"
+        note = "; ".join(f"{one.learning_rate:g} {one.compute}: {one.end.loss:.4f}" for one in trials.tried)
         rows.append(_row(name, "nats", _loss(ends), before.loss, note=f"tried {note}" if learner == "MeZO" else ""))
         best = [curve.best_accuracy for curve in curves if curve.best_accuracy is not None]
         if best:

@@ -10,9 +10,11 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
+from peerturb.manifest import DType
 from peerturb.zo.batch import Runner
-from peerturb.zo.model import build_manifest, trainable_weights
+from peerturb.zo.model import TORCH_DTYPES, build_manifest, trainable_weights
 from peerturb.zo.objective import TokenSequence
+from peerturb.zo.shadow import Shadow
 from peerturb_bench.single import ByteExchange, Case, Trainer, forwards
 
 
@@ -36,10 +38,10 @@ class Learner(Protocol):
 class Peerturb:
     """The product in one process: a round of probes on one slot, bytes, exact update."""
 
-    def __init__(self, case: Case, *, seed: int, probes: int) -> None:
+    def __init__(self, case: Case, *, seed: int, probes: int, compute: DType = "float32") -> None:
         spec = case.run_spec(seed=seed, probes_max=probes)
         self.forwards = 0
-        self._trainer = Trainer(case, ByteExchange(spec), spec)
+        self._trainer = Trainer(case, ByteExchange(spec), spec, compute=TORCH_DTYPES[compute])
         self._per_step = forwards(spec) * case.objective.per_example * len(case.parts)
 
     def step(self) -> None:
@@ -87,11 +89,25 @@ class Mezo(_Plain):
     """MeZO (Malladi et al. 2023, algorithm 1): one Gaussian direction a step, weights moved in place.
 
     W += e z; loss; W -= 2 e z; loss; W += e z; W -= lr g z with g = (l+ - l-) / 2e, z drawn again from its seed for
-    each sweep.
+    each sweep. Where losses are computed in half precision the weights stay in float32, and a copy is cast for each of
+    the two: in weights of half precision themselves steps and updates would be rounded away.
     """
 
-    def __init__(self, case: Case, *, seed: int, learning_rate: float, epsilon: float = 1e-3, batch: int = 16) -> None:
+    def __init__(
+        self,
+        case: Case,
+        *,
+        seed: int,
+        learning_rate: float,
+        epsilon: float = 1e-3,
+        batch: int = 16,
+        compute: DType = "float32",
+    ) -> None:
         super().__init__(case, seed=seed, batch=batch)
+        is_cast = TORCH_DTYPES[compute] != self.runner.dtype
+        self._shadow = Shadow(case.model, TORCH_DTYPES[compute]) if is_cast else None
+        if self._shadow is not None:
+            self.runner = Runner(self._shadow.model, build_manifest(case.model, case.spec.model), case.objective)
         self._rate, self._epsilon = learning_rate, epsilon
         self._seeds = np.random.default_rng(seed)
 
@@ -99,12 +115,18 @@ class Mezo(_Plain):
         """See `Learner`."""
         items, seed = self.batch(), int(self._seeds.integers(2**31))
         self._move(seed, self._epsilon)
-        plus = float(self.runner.losses(items).mean())
+        plus = self._loss(items)
         self._move(seed, -2 * self._epsilon)
-        minus = float(self.runner.losses(items).mean())
+        minus = self._loss(items)
         self._move(seed, self._epsilon)
         self._move(seed, -self._rate * (plus - minus) / (2 * self._epsilon))
         self.count(2)
+
+    def _loss(self, items: list[TokenSequence]) -> float:
+        if self._shadow is not None:
+            self._shadow.expire()
+            self._shadow.refresh()
+        return float(self.runner.losses(items).mean())
 
     @torch.inference_mode()
     def _move(self, seed: int, factor: float) -> None:

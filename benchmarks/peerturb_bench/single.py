@@ -29,6 +29,7 @@ from peerturb.zo.evaluate import evaluate
 from peerturb.zo.model import base_digest, build_manifest, load_model, positions_max, trainable_weights
 from peerturb.zo.objective import Objective, TokenSequence
 from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.shadow import Shadow
 from peerturb.zo.update import apply_update
 from peerturb_node.demo import BASE_MODEL_FOLDER, RUN_FILE
 from peerturb_node.demo.task import write_task
@@ -251,9 +252,10 @@ class Trainer:
     Args:
         exchange: how measurements become updates.
         spec: of this run; `Case.run_spec` makes it.
+        compute: type in which the probes' losses are computed, as a node's `--compute-dtype`; None: the weights'.
     """
 
-    def __init__(self, case: Case, exchange: Exchange, spec: RunSpec) -> None:
+    def __init__(self, case: Case, exchange: Exchange, spec: RunSpec, *, compute: torch.dtype | None = None) -> None:
         self.case = case
         self.spec = spec
         self.round_number = 0
@@ -262,7 +264,12 @@ class Trainer:
         weights = list(trainable_weights(case.model, manifest).values())
         self._base = [weight.clone() for weight in weights]
         self._runner = Runner(case.model, manifest, case.objective)
-        engines = [ProbeEngine(self._runner, spec, part) for part in case.parts]
+        is_cast = compute is not None and compute != self._runner.dtype
+        self._shadow = Shadow(case.model, compute) if compute is not None and is_cast else None
+        probed = self._runner
+        if self._shadow is not None:
+            probed = Runner(self._shadow.model, manifest, case.objective)
+        engines = [ProbeEngine(probed, spec, part) for part in case.parts]
         self._manifest, self._weights, self._engines = manifest, weights, engines
 
     def __enter__(self) -> "Trainer":
@@ -273,6 +280,8 @@ class Trainer:
 
     def step(self) -> None:
         """Do one round on all slots."""
+        if self._shadow is not None:
+            self._shadow.refresh()
         self._exchange.step(
             Round(
                 number=RoundNumber(self.round_number),
@@ -283,6 +292,8 @@ class Trainer:
             )
         )
         self.round_number += 1
+        if self._shadow is not None:
+            self._shadow.expire()
 
     def heldout_loss(self) -> float:
         """Return the mean loss of the held-out sequences, in nats a token (or an answer)."""

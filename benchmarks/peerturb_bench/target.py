@@ -1,21 +1,24 @@
 """Time and forward passes to a target held-out loss: peerturb against MeZO, with backprop as the honest ceiling.
 
 All in one process on the same threads, one run after the other, seed by seed; evaluation does not count. MeZO gets the
-learning rate that serves it best over the whole time (tried on seed 0), peerturb and AdamW have one fixed rate for a
-task. The target is the loss that MeZO ends with, the median of its seeds. value: seconds (sequences) until peerturb is
-there, median of the seeds; reference: until MeZO is; ratio: reference / value, at least 10 for the time. Further rows
-state loss and accuracy of peerturb (value) and MeZO (reference) after equally many sequences, the most that every run
-of both has seen, then what each learner ends with (reference: the base model) and its best accuracy at any evaluation.
+learning rate that serves it best over the whole time (tried on seed 0), and computes losses in the task's type or in
+float32, whichever serves it best; peerturb (in the task's type) and AdamW (in float32) have one fixed rate for a task.
+The target is the loss that MeZO ends with, the median of its seeds. value: seconds (sequences) until peerturb is there,
+median of the seeds; reference: until MeZO is; ratio: reference / value, at least 10 for the time. Further rows state
+loss and accuracy of peerturb (value) and MeZO (reference) after equally many sequences, the most that every run of both
+has seen, then what each learner ends with (reference: the base model) and its best accuracy at any evaluation.
 """
 
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from peerturb.manifest import DType
 from peerturb.zo.batch import Runner
 from peerturb.zo.evaluate import evaluate
 from peerturb.zo.model import build_manifest
@@ -69,7 +72,7 @@ def measure(
     seeds: Sequence[int],
     say: Callable[[str], None] = lambda line: None,
 ) -> Trials:
-    """Return every learner's curve for every seed; MeZO's rate is chosen by the loss it ends with on the first.
+    """Return every learner's curve for every seed; MeZO's rate and type are those with which its first ends lowest.
 
     Args:
         budget_s: seconds of steps of each run.
@@ -77,27 +80,38 @@ def measure(
         say: is told what begins.
     """
 
-    def train(learner: str, seed: int, rate: float, make: Make) -> Curve:
-        say(f"{task.name}: {learner}, lr {rate:g}, seed {seed}")
-        return _train(case, Curve(learner=learner, seed=seed, learning_rate=rate), make, budget_s, points)
+    def train(learner: str, seed: int, rate: float, compute: DType, make: Make) -> Curve:
+        say(f"{task.name}: {learner}, lr {rate:g}, {compute}, seed {seed}")
+        return _train(
+            case, Curve(learner=learner, seed=seed, learning_rate=rate, compute=compute), make, budget_s, points
+        )
 
-    def mezo(seed: int, rate: float) -> Curve:
-        return train("MeZO", seed, rate, lambda: Mezo(case, seed=seed, learning_rate=rate))
+    def mezo(seed: int, rate: float, compute: DType) -> Curve:
+        make = partial(Mezo, case, seed=seed, learning_rate=rate, compute=compute)
+        return train("MeZO", seed, rate, compute, make)
 
     def peerturb(seed: int) -> Curve:
-        return train("peerturb", seed, task.learning_rate, lambda: Peerturb(case, seed=seed, probes=task.probes))
+        make = partial(Peerturb, case, seed=seed, probes=task.probes, compute=task.compute)
+        return train("peerturb", seed, task.learning_rate, task.compute, make)
 
     def adamw(seed: int) -> Curve:
         rate = task.adamw_rate
-        return train("AdamW", seed, rate, lambda: AdamW(case, seed=seed, learning_rate=rate))
+        return train("AdamW", seed, rate, "float32", partial(AdamW, case, seed=seed, learning_rate=rate))
 
-    tried = {rate: mezo(seeds[0], rate) for rate in task.mezo_rates}
-    rate = min(tried, key=lambda rate: tried[rate].end.loss)
+    tried = [mezo(seeds[0], rate, task.compute) for rate in task.mezo_rates]
+    best = _best(tried)
+    if task.compute != "float32":
+        tried.append(mezo(seeds[0], best.learning_rate, "float32"))
+        best = _best(tried)
     curves: list[Curve] = []
     for seed in seeds:
-        theirs = tried[rate] if seed == seeds[0] else mezo(seed, rate)
+        theirs = best if seed == seeds[0] else mezo(seed, best.learning_rate, best.compute)
         curves += [peerturb(seed), theirs, adamw(seed)]
-    return Trials(tried={rate: curve.end.loss for rate, curve in tried.items()}, curves=curves)
+    return Trials(tried=tried, curves=curves)
+
+
+def _best(curves: Sequence[Curve]) -> Curve:
+    return min(curves, key=lambda curve: curve.end.loss)
 
 
 def panels(name: str, trials: Trials) -> list[plots.Panel]:
