@@ -59,9 +59,7 @@ def preset(parameters: int, kind: str = "text", *, dtype: DType = "float32", is_
         epsilon = 1e-3
         why["epsilon"] = "float32: 1e-4 learns as fast, 1e-2 on one of two models slower"
     rate = _interpolated(parameters)
-    evidence = (
-        "a rate of whole models, by size: none was measured for adapters" if is_adapter else _evidence(parameters)
-    )
+    evidence = "as for a whole model of this size, not measured for adapters" if is_adapter else _evidence(parameters)
     why["learning_rate"] = f"{evidence}; `peerturb tune` checks it"
     probes = 128 if parameters < LARGE else 64
     why["probes_max"] = "of each node; aim at 256 or more a round from all together"
