@@ -66,7 +66,7 @@ def test_a_file_for_an_adapter_has_its_seed_and_epsilon(kind: str) -> None:
     assert spec.model == model
     assert "seed" in spec.model_fields_set
     assert spec.perturbation.epsilon == 1e-2
-    assert "none was measured for adapters" in text
+    assert "not measured for adapters" in text
 
 
 def test_the_anchors_are_met() -> None:
