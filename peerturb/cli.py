@@ -66,6 +66,10 @@ COMMANDS: dict[str, Command] = {
         target="peerturb_node.cli.tune:app",
         summary="Find a learning rate and epsilon by a short sweep on your model and data.",
     ),
+    "sim": Command(
+        target="peerturb_sim.cli:app",
+        summary="Simulate a network of thousands of peers from one seed (run).",
+    ),
     "bench": Command(
         target="peerturb_bench.cli:app",
         summary="Measure the project's claims on this computer.",

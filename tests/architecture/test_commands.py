@@ -70,7 +70,12 @@ def test_help_of_a_command_works_without_torch(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "subcommands"),
-    [("coordinator", {"serve", "keys"}), ("node", {"run"}), ("log", {"show", "verify", "replay", "export"})],
+    [
+        ("coordinator", {"serve", "keys"}),
+        ("node", {"run"}),
+        ("log", {"show", "verify", "replay", "export"}),
+        ("sim", {"run"}),
+    ],
 )
 def test_commands_offer_their_subcommands(name: str, subcommands: set[str]) -> None:
     reports, _ = _probe(name, *HEAVY)
