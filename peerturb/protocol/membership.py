@@ -54,6 +54,8 @@ class Membership:
     returning: set[Slot] = field(default_factory=set)
     """Slots awaited although they have not reconnected since the restart."""
     returning_until_ms: int = 0
+    _waiting: dict[SessionId, Link] = field(default_factory=dict)
+    """Sessions without a slot, the oldest first: asked for after every message, so not searched for."""
     _of_key: dict[PeerKey, Link] = field(default_factory=dict)
     _of_slot: dict[Slot, Link] = field(default_factory=dict)
 
@@ -77,7 +79,7 @@ class Membership:
 
     def unadmitted(self) -> Link | None:
         """Return a session that still waits for its slot, the oldest first."""
-        return next((link for link in self.links.values() if link.slot is None), None)
+        return next(iter(self._waiting.values()), None)
 
     def restart(self, members: list[Member], now_ms: int, *, lease_ms: int, recent_round: int) -> None:
         """Count every member as disconnected since now; await those that contributed to `recent_round` or later."""
@@ -93,6 +95,7 @@ class Membership:
         assert link.session not in self.links
         assert link.key not in self._of_key
         self.links[link.session] = link
+        self._waiting[link.session] = link
         self._of_key[link.key] = link
 
     def admit(self, link: Link, slot: Slot, *, is_active: bool) -> None:
@@ -100,6 +103,7 @@ class Membership:
         assert link.slot is None
         assert slot not in self._of_slot
         link.slot = slot
+        del self._waiting[link.session]
         self._of_slot[slot] = link
         self.leases.pop(slot, None)
         self.returning.discard(slot)
@@ -111,6 +115,7 @@ class Membership:
         link = self.links.pop(session, None)
         if link is None:
             return None
+        self._waiting.pop(session, None)
         del self._of_key[link.key]
         if link.slot is not None:
             del self._of_slot[link.slot]

@@ -1,18 +1,93 @@
-"""What `peerturb sim run` does: read the scenario, simulate it, write the log and `result.json`, say how it went."""
+"""What `peerturb sim run` does: read a scenario, simulate it, write log and `result.json`, say how it goes."""
 
+import sys
+import time
 from pathlib import Path
 
-from peerturb.errors import PeerturbError
+from peerturb.errors import PeerturbError, SpecError
+from peerturb_sim.result import Result
 from peerturb_sim.scenario import Scenario
+from peerturb_sim.simulation import RESULT_NAME, Progress, simulate
+
+SAY_EVERY_S = 1.0
+"""Real time between two lines of progress."""
+
+
+class BrokenRunError(PeerturbError):
+    """A checker saw an invariant broken."""
 
 
 def run_scenario(path: Path, *, seed: int | None, out: Path, as_json: bool) -> None:
     """Simulate a scenario file.
 
     Raises:
-        SpecError: the scenario cannot be used.
+        SpecError: the scenario, a trace or `out` cannot be used.
+        BrokenRunError: an invariant was broken; log and result are written all the same.
     """
     scenario = Scenario.load(path)
     if seed is not None:
         scenario = scenario.model_copy(update={"seed": seed})
-    raise PeerturbError(f"{path} is a valid scenario of {scenario.total_peers} peers; the world is not built yet")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with Display(scenario) as display:
+            result = simulate(scenario, folder=path.parent, out=out, progress=display.show)
+        (out / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"--out {out}: {error.strerror}; name a folder that can be written to") from error
+    sys.stdout.write(result.to_json() if as_json else summary(result, out))
+    if result.broken:
+        row = result.broken[0]
+        raise BrokenRunError(
+            f"after {row.at_s:.3f} virtual seconds {row.name} was broken: {row.text}; "
+            f"again: peerturb sim run {path} --seed {scenario.seed} --out {out}"
+        )
+
+
+class Display:
+    """Progress on standard error: one line that is rewritten on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._rounds = scenario.round.count
+        self._is_terminal = sys.stderr.isatty()
+        self._said_s = time.monotonic()
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_terminal:
+            sys.stderr.write("\r\033[K")
+
+    def show(self, progress: Progress) -> None:
+        """Show how far the world has come."""
+        now_s = time.monotonic()
+        if now_s - self._said_s < SAY_EVERY_S * (1 if self._is_terminal else 5):
+            return
+        self._said_s = now_s
+        text = (
+            f"round {progress.rounds}/{self._rounds}, loss {progress.loss:.4g}, {progress.running} peers, "
+            f"{progress.virtual_s:.0f} virtual seconds"
+        )
+        sys.stderr.write(f"\r\033[K{text}" if self._is_terminal else f"{text}\n")
+        sys.stderr.flush()
+
+
+def summary(result: Result, out: Path) -> str:
+    """Say in a few lines what became of a run."""
+    losses = [row.loss for row in result.rounds if row.loss is not None]
+    fell = f"loss {losses[0]:.4g} to {losses[-1]:.4g}" if losses else "no finite loss"
+    ended = "finished" if result.is_finished else "not finished in time"
+    took = sum(row.sealed_s - row.opened_s for row in result.rounds) / max(len(result.rounds), 1)
+    gave = sum(1 for row in result.peers if row.contributions)
+    seals = ", ".join(f"{count} {reason}" for reason, count in result.seals.items())
+    refused = ", ".join(f"{count} {code}" for code, count in result.rejects.items()) or "none"
+    return (
+        f"{result.name}, seed {result.seed}: {ended}, {len(result.rounds)} rounds in {result.virtual_s:.1f} virtual "
+        f"seconds ({took:.2f} s each), {fell}\n"
+        f"  peers    {gave} of {len(result.peers)} gave something\n"
+        f"  sealed   {seals}\n"
+        f"  refused  {refused}\n"
+        f"  bytes    {result.bytes_up:,} up, {result.bytes_down:,} down, log {result.log.bytes:,}\n"
+        f"  faults   {len(result.faults)}\n"
+        f"  written  {out / result.log.file}, {out / RESULT_NAME}\n"
+    )

@@ -15,8 +15,8 @@ from peerturb.errors import SpecError
 from peerturb.spec import PerturbationSpec, RoundSpec, Section, StepSpec
 
 Lie = Literal["random", "flipped", "extreme", "replayed", "stale", "silent", "digest"]
-"""What a liar sends: random codes; its codes with their signs flipped; always +-127; another peer's codes of the round
-before; contributions to the round before; nothing; the digest of weights that it does not have."""
+"""What a liar sends: random codes; its codes with their signs flipped; always +-127; its codes of the round
+before again; contributions to the round before; nothing; the digest of weights that it does not have."""
 
 Seconds = Annotated[float, Field(ge=0, le=366 * 86_400)]
 Range = Annotated[tuple[float, float], Field(description="low, high")]
@@ -149,7 +149,7 @@ class CoordinatorSpec(Section):
     """The coordinator's side of all lines."""
 
     up_mbit: float = Field(default=1_000.0, gt=0, le=1e6)
-    down_mbit: float = Field(default=1_000.0, gt=0, le=1e6)
+    """What it can send, to all peers together. What it hears is so little that it never queues."""
 
 
 class Scenario(Section):
@@ -180,6 +180,8 @@ class Scenario(Section):
         for fault in self.faults:
             if fault.group and fault.group not in names:
                 raise ValueError(f"a fault names the group {fault.group!r}; there are {', '.join(names)}")
+        if self.perturbation.sides != "two":
+            raise ValueError("the toy objective is measured on both sides: leave out perturbation.sides")
         if not self.round.count:
             raise ValueError("round.count is 0, a run without an end: give the number of rounds to simulate")
         return self

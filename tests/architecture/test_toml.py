@@ -1,4 +1,4 @@
-"""Every TOML file we ship is valid: a RunSpec, a node's or a coordinator's settings."""
+"""Every TOML file we ship is valid: a RunSpec, a node's or a coordinator's settings, a scenario."""
 
 from pathlib import Path
 
@@ -13,8 +13,13 @@ FILES = [path for folder in FOLDERS for path in sorted((REPOSITORY / folder).rgl
 
 
 def _parse(path: Path) -> None:
-    """A file whose name starts with node or coordinator holds settings, every other one a RunSpec."""
-    if path.stem.startswith("node"):
+    """A file whose name starts with node or coordinator holds settings, one among scenarios a scenario, every other one
+    a RunSpec."""
+    if path.parent.name == "scenarios":
+        from peerturb_sim.scenario import Scenario
+
+        Scenario.load(path)
+    elif path.stem.startswith("node"):
         from peerturb_node.settings import NodeSettings
 
         NodeSettings(**load_toml(path))

@@ -1,0 +1,51 @@
+"""What liars put in the place of an honest contribution. The machine beneath is the production one, told to be deaf."""
+
+import random
+from dataclasses import replace
+
+from peerturb import codec
+from peerturb.ids import RoundNumber
+from peerturb.protocol.messages import Contribution
+from peerturb.protocol.peer import PeerMachine
+from peerturb_sim.scenario import Lie
+
+_OTHER_DIGEST = 1
+
+
+class Liar:
+    """One peer's way of lying. Whether it pays is the run's business."""
+
+    def __init__(self, lie: Lie, draws: random.Random) -> None:
+        self.lie = lie
+        self._draws = draws
+        self._last: Contribution | None = None
+
+    def falsify(self, honest: Contribution) -> Contribution | None:
+        """Return what is sent instead; None for nothing."""
+        last, self._last = self._last, honest
+        match self.lie:
+            case "random":
+                return replace(honest, codes=self._draws.randbytes(len(honest.codes)))
+            case "flipped":
+                flipped = codec.decode(honest.codes)
+                return replace(honest, codes=(-flipped).tobytes())
+            case "extreme":
+                extreme = (codec.CODE_MAX, 256 - codec.CODE_MAX)
+                return replace(honest, codes=bytes(self._draws.choice(extreme) for _ in honest.codes))
+            case "replayed":
+                return honest if last is None else replace(honest, codes=last.codes, loss=last.loss)
+            case "stale":
+                return replace(honest, round=RoundNumber(max(0, honest.round - 1)))
+            case "silent":
+                return None
+            case "digest":
+                return replace(honest, digest=honest.digest ^ _OTHER_DIGEST)
+
+    def deafen(self, machine: PeerMachine) -> None:
+        """Keep the machine from doubting its weights: who names false ones cares for nobody's digests."""
+        if self.lie == "digest":
+            machine._replica._compare = machine._replica.doubted = _ignore  # type: ignore[assignment,method-assign]
+
+
+def _ignore(_news: object) -> None:
+    """Take no notice."""

@@ -1,0 +1,227 @@
+"""When peers come, go, crash and pause, and what else goes wrong: a scenario's chances turned into events.
+
+Every chance of every peer has its own random stream, so that a scenario with one more fault is otherwise the same.
+"""
+
+import csv
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from peerturb.errors import SpecError
+from peerturb_sim.events import START_US, exponential_us, stream
+from peerturb_sim.peer import Peer
+from peerturb_sim.scenario import FaultSpec, Scenario
+from peerturb_sim.world import World
+
+HOUR_S = 3_600.0
+
+Stay = tuple[float, float | None]
+"""Seconds at which a peer comes and goes; None: it stays to the end."""
+
+
+def populate(world: World, scenario: Scenario, *, folder: Path) -> None:
+    """Put a scenario's peers into the world and schedule their lives and the scenario's faults.
+
+    Args:
+        world: without peers.
+        scenario: what shall happen.
+        folder: where its traces lie.
+
+    Raises:
+        SpecError: a trace cannot be used.
+    """
+    for group in scenario.peers:
+        trace = read_trace(folder / group.life.trace, group.count) if group.life.trace else None
+        for number in range(group.count):
+            Life(world, world.add(group), None if trace is None else trace[number])
+    for number, fault in enumerate(scenario.faults):
+        world.events.at(_us(fault.at_s), partial(_strike, world, fault, number))
+
+
+def read_trace(path: Path, count: int) -> list[list[Stay]]:
+    """Read when each of `count` peers is there: a CSV file with the columns peer, join_s, leave_s.
+
+    Raises:
+        SpecError: unreadable, or a row that cannot be; names file and line.
+    """
+    stays: list[list[Stay]] = [[] for _ in range(count)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            if rows.fieldnames != ["peer", "join_s", "leave_s"]:
+                raise SpecError(f"{path}: line 1: the columns must be peer,join_s,leave_s, not {rows.fieldnames}")
+            for row in rows:
+                _take_stay(stays, row, f"{path}: line {rows.line_num}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read the trace {path}: {error}") from error
+    return stays
+
+
+def _take_stay(stays: list[list[Stay]], row: dict[str, str], where: str) -> None:
+    try:
+        peer, join_s = int(row["peer"]), float(row["join_s"])
+        leave_s = float(row["leave_s"]) if row["leave_s"] else None
+    except (TypeError, ValueError):
+        raise SpecError(f"{where}: {dict(row)} is not a row of three numbers (leave_s may be empty)") from None
+    if not 0 <= peer < len(stays):
+        raise SpecError(f"{where}: peer {peer} is not one of the group's {len(stays)}: raise count, or drop the row")
+    if join_s < 0 or (leave_s is not None and leave_s <= join_s):
+        raise SpecError(f"{where}: peer {peer} leaves at {row['leave_s']} s before it joins at {row['join_s']} s: swap")
+    before = stays[peer][-1] if stays[peer] else None
+    if before is not None and (before[1] is None or join_s < before[1]):
+        raise SpecError(f"{where}: peer {peer} joins at {join_s} s while it is still there: order its rows by time")
+    stays[peer].append((join_s, leave_s))
+
+
+class Life:
+    """One peer's comings and goings. It comes back after a crash only while it would be there."""
+
+    def __init__(self, world: World, peer: Peer, trace: Sequence[Stay] | None) -> None:
+        self._world, self._peer = world, peer
+        self._is_here = False
+        self._draws = {
+            purpose: stream(world.seed, purpose, peer.index) for purpose, rate in _purposes(peer).items() if rate
+        }
+        self._visit = 0
+        life, events = peer.group.life, world.events
+        arrivals = stream(world.seed, "arrival", peer.index)
+        if trace is not None:
+            for join_s, leave_s in trace:
+                events.at(_us(join_s), self._arrive)
+                if leave_s is not None:
+                    events.at(_us(leave_s), self._leave)
+        elif life.day_s:
+            begins_s = arrivals.uniform(-life.day_s, 0.0)
+            events.at(_us(max(0.0, begins_s)), self._wake, begins_s)
+        else:
+            events.at(_us(arrivals.uniform(*life.arrive_s)), self._arrive)
+
+    def _arrive(self) -> None:
+        self._is_here = True
+        self._visit += 1
+        self._peer.start()
+        life, group = self._peer.group.life, self._peer.group
+        if life.stay_s:
+            self._after("stay", life.stay_s, self._leave)
+        for purpose, rate, action in (
+            ("crash", group.crashes_per_hour, self._crash),
+            ("pause", group.pauses_per_hour, self._pause),
+            ("cut", group.line_spec.cuts_per_hour, self._cut),
+        ):
+            if rate:
+                self._after(purpose, HOUR_S / rate, action)
+
+    def _leave(self) -> None:
+        self._is_here = False
+        self._visit += 1
+        self._peer.leave()
+        if self._peer.group.life.away_s:
+            self._after("away", self._peer.group.life.away_s, self._arrive)
+
+    def _wake(self, begins_s: float) -> None:
+        """An evening of the diurnal pattern that began then, perhaps before the world did."""
+        life = self._peer.group.life
+        ends_s = begins_s + life.day_s * life.awake
+        if ends_s > 0:
+            self._arrive()
+            self._world.events.at(_us(ends_s), self._leave)
+        self._world.events.at(_us(begins_s + life.day_s), self._wake, begins_s + life.day_s)
+
+    def _crash(self) -> None:
+        group, draws = self._peer.group, self._draws["crash"]
+        is_disk, is_power = draws.random() < group.disk_losses, draws.random() < 0.3
+        down_us = exponential_us(draws, group.down_s)
+        if self._peer.is_running:
+            kind = "disk_loss" if is_disk else "peer_crash"
+            self._world.recorder.fault(kind, self._peer.name, for_s=down_us / 1e6)
+            self._peer.crash(power=is_power, disk=is_disk)
+            self._world.events.after(down_us, self._return, self._visit)
+        self._after("crash", HOUR_S / group.crashes_per_hour, self._crash)
+
+    def _return(self, visit: int) -> None:
+        if visit == self._visit:
+            self._peer.start()
+
+    def _pause(self) -> None:
+        group = self._peer.group
+        pause_us = exponential_us(self._draws["pause"], group.pause_s)
+        if self._peer.is_running:
+            self._world.recorder.fault("pause", self._peer.name, for_s=pause_us / 1e6)
+            self._peer.resumes_us = self._world.events.now_us + pause_us
+        self._after("pause", HOUR_S / group.pauses_per_hour, self._pause)
+
+    def _cut(self) -> None:
+        if self._peer.line is not None:
+            self._world.recorder.fault("cut", self._peer.name)
+            self._world.cut(self._peer.line)
+        self._after("cut", HOUR_S / self._peer.group.line_spec.cuts_per_hour, self._cut)
+
+    def _after(self, purpose: str, mean_s: float, action: Callable[[], None]) -> None:
+        """Do it after a random time, if the peer is then in the same visit (or away, for its return)."""
+        self._world.events.after(exponential_us(self._draws[purpose], mean_s), self._if_same, self._visit, action)
+
+    def _if_same(self, visit: int, action: Callable[[], None]) -> None:
+        if visit == self._visit:
+            action()
+
+
+def _purposes(peer: Peer) -> dict[str, float]:
+    """Return a peer's chances by their names."""
+    group = peer.group
+    return {
+        "stay": group.life.stay_s,
+        "away": group.life.away_s,
+        "crash": group.crashes_per_hour,
+        "pause": group.pauses_per_hour,
+        "cut": group.line_spec.cuts_per_hour,
+    }
+
+
+def _strike(world: World, fault: FaultSpec, number: int) -> None:
+    """Make a scenario's fault happen now."""
+    draws = stream(world.seed, "fault", number)
+    for_us = round(fault.for_s * 1e6)
+    events, coordinator = world.events, world.coordinator
+    if fault.kind == "coordinator_crash":
+        world.recorder.fault(fault.kind, "coordinator", for_s=fault.for_s)
+        tear_at = draws.random() if fault.torn else None
+        coordinator.crash(tear_at=tear_at)
+        events.after(for_us, _restart, world)
+        return
+    if fault.kind == "store_refuses":
+        world.recorder.fault(fault.kind, "coordinator", for_s=fault.for_s)
+        coordinator.disk.refuses = True
+        events.after(for_us, _accept, world)
+        return
+    peers = _choose(world, fault, draws.sample)
+    who = peers[0].name if len(peers) == 1 else f"{len(peers)} peers"
+    lasts = None if fault.kind == "corruption" else fault.for_s
+    world.recorder.fault(fault.kind, who, for_s=lasts)
+    if fault.kind == "partition":
+        world.partition(peers, for_us)
+    for peer in peers:
+        if fault.kind == "corruption" and peer.is_running:
+            peer.corrupt()
+        elif fault.kind == "peer_crash" and peer.is_running:
+            peer.crash()
+            events.after(for_us, peer.start)
+
+
+def _choose(world: World, fault: FaultSpec, sample: Callable[[Sequence[Peer], int], list[Peer]]) -> list[Peer]:
+    """Draw whom a fault hits."""
+    group = [peer for peer in world.peers if not fault.group or peer.group.name == fault.group]
+    return sample(group, max(1, round(fault.share * len(group))))
+
+
+def _restart(world: World) -> None:
+    world.coordinator.crash()  # if nothing was written since, it has not died yet
+    world.coordinator.start()
+
+
+def _accept(world: World) -> None:
+    world.coordinator.disk.refuses = False
+
+
+def _us(time_s: float) -> int:
+    return START_US + round(time_s * 1e6)

@@ -1,0 +1,166 @@
+"""From a scenario to its result: builds the world, lets it run to its end, gathers the rows. Knows no terminal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from peerturb.spec import ModelSpec, ObjectiveSpec, RunSpec
+from peerturb_sim.checks import BrokenInvariantError
+from peerturb_sim.life import populate
+from peerturb_sim.peer import Peer
+from peerturb_sim.result import BrokenRow, LogRow, PeerRow, Result
+from peerturb_sim.scenario import Scenario
+from peerturb_sim.toy import ToyCompute, base_digest
+from peerturb_sim.world import Chaos, World
+
+LOG_NAME = "run.log"
+RESULT_NAME = "result.json"
+
+CROWD = 200
+"""Peers from which joins and leaves wait for the next round's records."""
+FAREWELL_S = 10.0
+"""Time after the end of the run in which peers hear of it."""
+STEP_S = 1.0
+"""Virtual time between two looks at the progress."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a world has come."""
+
+    virtual_s: float
+    rounds: int
+    loss: float
+    running: int
+
+
+def run_spec(scenario: Scenario, seed: int) -> RunSpec:
+    """Return the RunSpec of a scenario's run: record 0 of its log."""
+    return RunSpec(
+        name=scenario.name,
+        seed=seed,
+        model=ModelSpec(name=f"toy {scenario.compute.objective}", digest=base_digest(seed).hex()),
+        perturbation=scenario.perturbation,
+        step=scenario.step,
+        round=scenario.round,
+        objective=ObjectiveSpec(eval_every=scenario.eval_every),
+    )
+
+
+def build(scenario: Scenario, *, folder: Path, out: Path, chaos: Chaos | None = None) -> World:
+    """Make a scenario's world; nothing has happened in it.
+
+    Args:
+        scenario: what shall happen.
+        folder: where its traces lie.
+        out: an existing folder for the log.
+        chaos: faults per event, beside the scenario's.
+
+    Raises:
+        SpecError: a trace cannot be used.
+    """
+    seed = scenario.seed
+    spec = run_spec(scenario, seed)
+    world = World(
+        spec,
+        ToyCompute(scenario.compute, spec, seed=seed),
+        out / LOG_NAME,
+        seed=seed,
+        coordinator=scenario.coordinator,
+        chaos=chaos,
+        holds_membership=scenario.total_peers >= CROWD,
+    )
+    populate(world, scenario, folder=folder)
+    return world
+
+
+def simulate(
+    scenario: Scenario, *, folder: Path, out: Path, progress: Callable[[Progress], None] = lambda _: None
+) -> Result:
+    """Let a scenario happen; write its log into `out` and return its result.
+
+    Raises:
+        SpecError: a trace cannot be used.
+    """
+    world = build(scenario, folder=folder, out=out)
+    broken: list[BrokenRow] = []
+    try:
+        run_to_end(world, until_s=scenario.until_s, progress=progress)
+    except BrokenInvariantError as error:
+        broken.append(BrokenRow(at_s=world.events.elapsed_s, name=error.name, text=error.text))
+    return gather(world, scenario, broken)
+
+
+def run_to_end(world: World, *, until_s: float, progress: Callable[[Progress], None] = lambda _: None) -> None:
+    """Let events happen until the run is over and its peers have heard so, or the time is.
+
+    Raises:
+        BrokenInvariantError: what a checker saw.
+    """
+    while not world.is_finished and world.events.elapsed_s < until_s:
+        world.run(until_s=min(until_s, world.events.elapsed_s + STEP_S), done=lambda: world.is_finished)
+        ledger = world.log.ledger
+        progress(
+            Progress(
+                virtual_s=world.events.elapsed_s,
+                rounds=ledger.sealed_rounds,
+                loss=ledger.loss,
+                running=world.running,
+            )
+        )
+    if world.is_finished:
+        world.run(until_s=min(until_s, world.events.elapsed_s + FAREWELL_S), done=lambda: not world.running)
+    world.checks.ended(world.coordinator.disk.path)
+
+
+def gather(world: World, scenario: Scenario, broken: list[BrokenRow]) -> Result:
+    """Put a world's rows together."""
+    log, coordinator = world.log, world.coordinator
+    return Result(
+        name=scenario.name,
+        seed=world.seed,
+        compute=scenario.compute.kind,
+        scenario=scenario.model_dump(mode="json"),
+        spec_digest=world.spec.digest.hex(),
+        is_finished=world.is_finished,
+        virtual_s=world.events.elapsed_s,
+        log=LogRow(
+            file=LOG_NAME,
+            records=len(log.payloads),
+            bytes=coordinator.disk.path.stat().st_size,
+            chain=log.chains[-1].hex(),
+        ),
+        rounds=world.recorder.rounds,
+        evaluations=world.recorder.evaluations,
+        faults=world.recorder.faults,
+        peers=[_row(world, peer) for peer in world.peers],
+        broken=broken,
+        seals={reason.value: count for reason, count in coordinator.seals.items() if count},
+        rejects={code.name.lower(): count for code, count in sorted(coordinator.refusals.items())},
+        bytes_up=world.up_bytes,
+        bytes_down=world.down_bytes,
+    )
+
+
+def _row(world: World, peer: Peer) -> PeerRow:
+    members = [world.log.ledger.members[slot] for slot in peer.tally.slots]
+    stop = peer.stop
+    return PeerRow(
+        peer=peer.index,
+        name=peer.name,
+        group=peer.group.name,
+        slots=list(peer.tally.slots),
+        lie=peer.group.lie or "",
+        probes_per_s=round(peer.probes_per_s, 3),
+        present_s=peer.present_us() / 1e6,
+        sessions=peer.tally.sessions,
+        measured=peer.tally.measured,
+        contributions=sum(member.contributions for member in members),
+        codes=sum(member.probes for member in members),
+        refused=peer.tally.refused,
+        crashes=peer.tally.crashes,
+        rebuilds=peer.tally.rebuilds,
+        bytes_up=peer.traffic.up_bytes,
+        bytes_down=peer.traffic.down_bytes,
+        stopped="" if stop is None or stop.code is None else f"{stop.code.name.lower()}: {stop.why}",
+    )

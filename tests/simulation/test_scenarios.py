@@ -1,0 +1,172 @@
+"""Scenarios: read strictly, simulated to logs that the production check accepts, the same bytes for the same seed."""
+
+from pathlib import Path
+
+import pytest
+
+from peerturb.cli import run
+from peerturb.errors import SpecError
+from peerturb.runlog.verify import verify
+from peerturb_sim.life import read_trace
+from peerturb_sim.result import Result, ResultError
+from peerturb_sim.scenario import Scenario
+from peerturb_sim.simulation import LOG_NAME, RESULT_NAME, simulate
+
+SMALL = """
+name = "small"
+seed = 3
+until_s = 600
+
+[round]
+count = 12
+probes_max = 16
+deadline_ms_max = 5_000
+lease_ms = 2_000
+
+[[peers]]
+name = "home"
+count = 6
+evaluates = true
+crashes_per_hour = 60
+disk_losses = 0.5
+pauses_per_hour = 60
+pause_s = 1
+down_s = 2
+drift_ppm = 1_000
+
+[[faults]]
+kind = "coordinator_crash"
+at_s = 3
+for_s = 1
+
+[[faults]]
+kind = "partition"
+at_s = 6
+for_s = 3
+share = 0.5
+"""
+
+
+def write(folder: Path, text: str = SMALL) -> Path:
+    path = folder / "small.toml"
+    path.write_text(text)
+    return path
+
+
+def simulated(folder: Path, text: str = SMALL) -> Result:
+    folder.mkdir(exist_ok=True)
+    return simulate(Scenario.load(write(folder, text)), folder=folder, out=folder)
+
+
+def test_a_scenario_gives_a_log_that_verifies_and_a_result_that_agrees_with_it(tmp_path: Path) -> None:
+    result = simulated(tmp_path)
+    verified = verify(tmp_path / LOG_NAME)
+    assert result.is_finished
+    assert not result.broken
+    assert verified.chain.hex() == result.log.chain
+    assert verified.size == result.log.bytes
+    assert verified.ledger.probes == sum(row.codes for row in result.rounds) == sum(row.codes for row in result.peers)
+    assert [row.round for row in result.rounds] == list(range(12))
+    assert {row.kind for row in result.faults} >= {"coordinator_crash", "partition"}
+    assert result.bytes_up == sum(row.bytes_up for row in result.peers) >= verified.ledger.probes
+    assert result.rounds[-1].loss is not None
+    assert result.rounds[0].loss is not None
+    assert result.rounds[-1].loss < result.rounds[0].loss
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    one, two = (simulated(tmp_path / name) for name in ("one", "two"))
+    other = simulated(tmp_path / "other", SMALL.replace("seed = 3", "seed = 4"))
+    logs = [(tmp_path / name / LOG_NAME).read_bytes() for name in ("one", "two", "other")]
+    assert logs[0] == logs[1] != logs[2]
+    assert one.to_json() == two.to_json() != other.to_json()
+
+
+def test_one_more_fault_leaves_what_was_before_it_as_it_was(tmp_path: Path) -> None:
+    plain = simulated(tmp_path / "plain")
+    more = simulated(tmp_path / "more", SMALL + '\n[[faults]]\nkind = "corruption"\nat_s = 8\nshare = 0.1\n')
+    early = [row for row in plain.rounds if row.sealed_s < 8]
+    assert early
+    assert more.rounds[1 : len(early)] == early[1:]
+    assert [row.probes_per_s for row in plain.peers] == [row.probes_per_s for row in more.peers]
+
+
+def test_a_result_survives_its_file(tmp_path: Path) -> None:
+    result = simulated(tmp_path)
+    text = result.to_json()
+    assert Result.from_json(text, source="here").to_json() == text
+    with pytest.raises(ResultError, match="version 99"):
+        Result.from_json(text.replace('"version": 1', '"version": 99'), source="here")
+    with pytest.raises(ResultError, match="not a result"):
+        Result.from_json("{}", source="here")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("lease_ms", "leese_ms", r"round.leese_ms \(line 10\): there is no such key"),
+        ("count = 6", "count = 70_000", r"peers.0.count.*less than or equal to 65536"),
+        ('kind = "partition"', 'kind = "flood"', r"faults.1.kind.*partition"),
+        ("count = 12", "count = 0", "a run without an end"),
+        ('name = "home"', 'name = "home"\nline = "copper"', "there is no line 'copper'; there are home, fibre"),
+        ("share = 0.5", 'group = "office"', "a fault names the group 'office'; there are home"),
+        ("drift_ppm = 1_000", "probes_per_s = [9, 3]", "not a range of positive speeds"),
+    ],
+)
+def test_a_wrong_scenario_is_refused_by_file_line_and_remedy(
+    tmp_path: Path, old: str, new: str, complaint: str
+) -> None:
+    assert old in SMALL
+    with pytest.raises(SpecError, match=complaint) as refused:
+        Scenario.load(write(tmp_path, SMALL.replace(old, new)))
+    assert "small.toml" in str(refused.value)
+
+
+def test_more_peers_than_slots_in_all_are_refused(tmp_path: Path) -> None:
+    crowd = SMALL.replace("count = 6", "count = 60_000") + '\n[[peers]]\nname = "more"\ncount = 10_000\n'
+    with pytest.raises(SpecError, match="70000 peers, more than the 65536 slots of a run: lower the counts"):
+        Scenario.load(write(tmp_path, crowd))
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ("0,5,3", r"t.csv: line 2: peer 0 leaves at 3 s before it joins at 5 s"),
+        ("0,1,4\n0,2,5", "line 3: peer 0 joins at 2.0 s while it is still there"),
+        ("7,0,1", "line 2: peer 7 is not one of the group's 2"),
+        ("0,soon,1", "line 2: .* not a row of three numbers"),
+    ],
+)
+def test_a_wrong_trace_is_refused_by_its_line(tmp_path: Path, rows: str, complaint: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"peer,join_s,leave_s\n{rows}\n")
+    with pytest.raises(SpecError, match=complaint):
+        read_trace(path, 2)
+
+
+def test_a_trace_says_who_is_there(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("peer,join_s,leave_s\n0,0,\n1,0,2\n1,4,\n2,3,\n")
+    text = """
+name = "traced"
+[round]
+count = 10
+budget_ms = 500
+[[peers]]
+name = "p"
+count = 3
+life = { trace = "t.csv" }
+"""
+    result = simulated(tmp_path, text)
+    there = [row.present_s for row in result.peers]
+    assert there[0] == pytest.approx(result.virtual_s, abs=1)
+    assert there[1] == pytest.approx(there[0] - 2, abs=1)
+    assert there[2] == pytest.approx(there[0] - 3, abs=1)
+
+
+def test_the_command_writes_log_and_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run(["sim", "run", str(write(tmp_path)), "--seed", "9", "--out", str(out), "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (out / RESULT_NAME).read_text()
+    assert Result.from_json(printed, source="stdout").seed == 9
+    assert run(["log", "verify", str(out / LOG_NAME)]) == 0
