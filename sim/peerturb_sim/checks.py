@@ -38,8 +38,8 @@ class BrokenInvariantError(Exception):
 class Checks:
     """Invariants of one world."""
 
-    def __init__(self, log: SharedLog) -> None:
-        self.digests: dict[int, int] = {}
+    def __init__(self, log: SharedLog, base_digest: int) -> None:
+        self.digests = {0: base_digest}
         """Digest of the weights by sealed rounds applied: what the first replica had."""
         self._log = log
         self._heard: defaultdict[PeerKey, set[bytes]] = defaultdict(set)

@@ -10,11 +10,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _group() -> None:
-    """Keep `run` a word of its own while it is the only command."""
-
-
 @app.command()
 def run(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO.toml", help="Peers, lines, faults, rounds.")],
@@ -26,3 +21,16 @@ def run(
     from peerturb_sim.running import run_scenario
 
     run_scenario(scenario, seed=seed, out=out, as_json=as_json)
+
+
+@app.command()
+def swarm(
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run.")] = 100,
+    first: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this real time.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
+) -> None:
+    """Run small networks whose faults each seed draws itself; report every broken invariant and what repeats it."""
+    from peerturb_sim.running import run_seeds
+
+    run_seeds(first=first, seeds=seeds, seconds=seconds, as_json=as_json)

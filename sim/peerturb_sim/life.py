@@ -162,7 +162,7 @@ class Life:
         self._world.events.after(exponential_us(self._draws[purpose], mean_s), self._if_same, self._visit, action)
 
     def _if_same(self, visit: int, action: Callable[[], None]) -> None:
-        if visit == self._visit:
+        if visit == self._visit and not self._world.is_calm:
             action()
 
 
@@ -180,6 +180,8 @@ def _purposes(peer: Peer) -> dict[str, float]:
 
 def _strike(world: World, fault: FaultSpec, number: int) -> None:
     """Make a scenario's fault happen now."""
+    if world.is_calm:
+        return
     draws = stream(world.seed, "fault", number)
     for_us = round(fault.for_s * 1e6)
     events, coordinator = world.events, world.coordinator
@@ -215,6 +217,8 @@ def _choose(world: World, fault: FaultSpec, sample: Callable[[Sequence[Peer], in
 
 
 def _restart(world: World) -> None:
+    if world.is_calm:
+        return
     world.coordinator.crash()  # if nothing was written since, it has not died yet
     world.coordinator.start()
 

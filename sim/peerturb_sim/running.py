@@ -1,5 +1,7 @@
 """What `peerturb sim run` does: read a scenario, simulate it, write log and `result.json`, say how it goes."""
 
+import dataclasses
+import json
 import sys
 import time
 from pathlib import Path
@@ -8,6 +10,7 @@ from peerturb.errors import PeerturbError, SpecError
 from peerturb_sim.result import Result
 from peerturb_sim.scenario import Scenario
 from peerturb_sim.simulation import RESULT_NAME, Progress, simulate
+from peerturb_sim.swarm import Outcome, run_swarm
 
 SAY_EVERY_S = 1.0
 """Real time between two lines of progress."""
@@ -70,6 +73,38 @@ class Display:
         )
         sys.stderr.write(f"\r\033[K{text}" if self._is_terminal else f"{text}\n")
         sys.stderr.flush()
+
+
+def run_seeds(*, first: int, seeds: int, seconds: float | None, as_json: bool) -> None:
+    """Run a swarm and report.
+
+    Raises:
+        BrokenRunError: some seeds broke an invariant.
+    """
+
+    def show(outcome: Outcome) -> None:
+        if (broken := outcome.broken) is not None:
+            sys.stderr.write(
+                f"seed {outcome.seed} ({outcome.mix}): {broken.name} at {broken.at_s:.3f} s\n{broken.text}\n"
+            )
+        elif sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[Kseed {outcome.seed}: {outcome.rounds} rounds, {outcome.crashes} crashes")
+        sys.stderr.flush()
+
+    outcomes = run_swarm(first=first, seeds=seeds, seconds=seconds, show=show)
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\033[K")
+    broken = [outcome.broken for outcome in outcomes if outcome.broken is not None]
+    if as_json:
+        sys.stdout.write(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    else:
+        crashes, rounds = sum(one.crashes for one in outcomes), sum(one.rounds for one in outcomes)
+        sys.stdout.write(
+            f"{len(outcomes)} of {seeds} seeds, {rounds} rounds, {crashes} crashes: {len(broken)} broken\n"
+        )
+    if broken:
+        again = "\n".join(f"  {one.name}: {one.command}" for one in broken)
+        raise BrokenRunError(f"{len(broken)} of {len(outcomes)} seeds broke an invariant; again:\n{again}")
 
 
 def summary(result: Result, out: Path) -> str:

@@ -1,6 +1,8 @@
 """From a scenario to its result: builds the world, lets it run to its end, gathers the rows. Knows no terminal."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,11 +86,23 @@ def simulate(
     """
     world = build(scenario, folder=folder, out=out)
     broken: list[BrokenRow] = []
-    try:
-        run_to_end(world, until_s=scenario.until_s, progress=progress)
-    except BrokenInvariantError as error:
-        broken.append(BrokenRow(at_s=world.events.elapsed_s, name=error.name, text=error.text))
+    with _quiet_collector():
+        try:
+            run_to_end(world, until_s=scenario.until_s, progress=progress)
+        except BrokenInvariantError as error:
+            broken.append(BrokenRow(at_s=world.events.elapsed_s, name=error.name, text=error.text))
     return gather(world, scenario, broken)
+
+
+@contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """Keep the garbage collector from walking over thousands of peers again and again; events leave no cycles."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 1_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def run_to_end(world: World, *, until_s: float, progress: Callable[[Progress], None] = lambda _: None) -> None:

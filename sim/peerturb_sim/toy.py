@@ -99,9 +99,9 @@ class ToyCompute:
         return after
 
     def corrupt(self, weights: ToyWeights) -> ToyWeights:
-        """Return the weights with the lowest bit of the first one flipped."""
+        """Return the weights with the highest bit of a mantissa flipped: the lowest might be rounded away again."""
         values = weights.values.copy()
-        values.view(np.uint32)[0] ^= 1
+        values.view(np.uint32)[0] ^= 1 << 22
         return _weights(values, weights.rounds)
 
     def expect(self, request: Request) -> None:

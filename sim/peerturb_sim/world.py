@@ -44,6 +44,7 @@ class World:
 
     Attributes:
         running: peers whose process runs and has not stopped.
+        is_calm: no chance and no set fault strikes any more; peers neither come nor go.
         is_finished: whether the end of the run has been announced.
         holds_membership: let joins and leaves wait for the next round's records, for peers that have the rest: with
             thousands of peers, messages that say nothing to be done would be most of all events.
@@ -67,12 +68,12 @@ class World:
         self.chaos = chaos or Chaos()
         self.holds_membership = holds_membership
         self.running = 0
-        self.is_finished = False
+        self.is_calm = self.is_finished = False
         self.up_bytes = self.down_bytes = 0
         self.peers: list[Peer] = []
         self.recorder = Recorder(self)
         self.coordinator = Coordinator(self, log_path)
-        self.checks = Checks(self.coordinator.log)
+        self.checks = Checks(self.coordinator.log, compute.base.digest)
         self._up_us = 8 / (coordinator or CoordinatorSpec()).up_mbit
         self._up_free_us = 0.0
         self._sessions = 0
