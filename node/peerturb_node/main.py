@@ -171,6 +171,8 @@ def _make_compute(settings: NodeSettings, spec: RunSpec, events: Events) -> Comp
     )
     if compute.warning is not None:
         events.emit("notice", code="epsilon", text=compute.warning)
+    if compute.slowness is not None:
+        events.emit("notice", code="slow", text=compute.slowness)
     return compute
 
 

@@ -172,7 +172,7 @@ def tune(
         final=tuple(final),
         recommendation=found,
         compute_dtype=prepared.compute_dtype,
-        warning=prepared.warning((found.setting or start).epsilon),
+        warning=" ".join(filter(None, (prepared.warning((found.setting or start).epsilon), sweep.slowness))) or None,
         is_cut=is_cut,
         seconds=now_s() - began_s,
     )

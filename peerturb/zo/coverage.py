@@ -5,7 +5,6 @@ they appear: slow, but right for any model. A parameter the two treat differentl
 slow way too; one that the model never uses is refused by name.
 """
 
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -132,10 +131,14 @@ def text_trial(model: Any) -> Trial:
     return forward
 
 
-def can_follow(evaluator: "Evaluator[Any]", family: str, *, sides: int = 2) -> bool:
-    """Check an evaluator, set the `owners` it shall use, and say whether all its rows can be perturbed at once.
+class SlowWarning(RuntimeWarning):
+    """Losses are measured one probe and side at a time."""
 
-    If not, each side of each probe must be measured by itself (`peerturb.zo.written`): a RuntimeWarning says why.
+
+def slowness_of(evaluator: "Evaluator[Any]", family: str, *, sides: int = 2) -> str | None:
+    """Check an evaluator, set the `owners` it shall use; return None if all its rows can be perturbed at once.
+
+    If not, each side of each probe must be measured by itself (`peerturb.zo.written`): the sentence says why.
 
     Raises:
         ModelError: that would not be right either; see `check_written`.
@@ -151,9 +154,8 @@ def can_follow(evaluator: "Evaluator[Any]", family: str, *, sides: int = 2) -> b
         )
     except UnfollowedError as error:
         check_written(evaluator.trial, evaluator.parameters, error)
-        warnings.warn(slowness(error, evaluator.dtype), RuntimeWarning, stacklevel=3)
-        return False
-    return True
+        return slowness(error, evaluator.dtype)
+    return None
 
 
 def slowness(error: UnfollowedError, dtype: torch.dtype) -> str:
@@ -217,7 +219,13 @@ def check_trial(
         TrialSigns(manifest, PROBES, epsilon=epsilon, seed=seed)
         for seed, epsilon in enumerate(TRIAL_EPSILONS[parameters[0][1].dtype], 1)
     ]
-    _perturbed(trial, parameters, attempts[0], family, shared, sides, owners)
+    try:
+        _perturbed(trial, parameters, attempts[0], family, shared, sides, owners)
+    except ModelError:
+        raise
+    except Exception as error:  # shapes that are wrong once rows have weights of their own, and whatever follows
+        trial(torch.arange(EXAMPLES_MAX))  # if that fails too, it is not the perturbation's fault
+        raise _breaker(trial, parameters, attempts[0], family, shared, sides) from error
     # Again: a tensor that the model derives once and keeps would miss the second forward.
     result, used = _perturbed(trial, parameters, attempts[0], family, shared, sides, owners)
     _check_used(manifest, used)
@@ -303,6 +311,20 @@ def _agrees(trial: Trial, parameters: Parameters, signs: TrialSigns, result: Ten
         difference += float((found - truth).square().sum())
         effect += float((truth - plain[probe]).square().sum())
     return bool(difference <= max(TOLERANCE[dtype] ** 2 * effect, _floor(plain, dtype)))
+
+
+def _breaker(
+    trial: Trial, parameters: Parameters, signs: TrialSigns, family: str, shared: Collection[str], sides: int
+) -> ModelError:
+    """Find the first parameter that breaks a forward when it is followed."""
+    for pair in parameters:
+        try:
+            _perturbed(trial, [pair], signs, family, shared, sides)
+        except ModelError as error:
+            return error
+        except Exception:
+            return UnfollowedError(pair[0].name, "fails when every row has a value of its own of it")
+    return UnfollowedError(parameters[0][0].name, "fails when every row has weights of its own")
 
 
 def _floor(plain: Tensor, dtype: torch.dtype) -> float:

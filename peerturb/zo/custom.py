@@ -80,7 +80,10 @@ class CustomEvaluator(Generic[Item]):
 
     def size(self, item: Item) -> Size:
         """See `Evaluator`."""
-        return Size(tokens=1 if self._tokens is None else self._tokens(item), outputs=self._outputs)
+        tokens: Any = 1 if self._tokens is None else self._tokens(item)  # a user's function may return anything
+        if not isinstance(tokens, int) or tokens < 1:
+            raise ObjectiveError(f"`tokens` returned {tokens!r} for an item; it must return how long it is, 1 or more")
+        return Size(tokens=tokens, outputs=self._outputs)
 
     @torch.inference_mode()
     def losses(self, items: Sequence[Item], perturbation: Perturbation | None = None) -> Tensor:

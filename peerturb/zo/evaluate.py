@@ -57,7 +57,9 @@ def evaluate(
     ordered = sorted(sequences, key=lambda sequence: len(sequence.tokens))
     total, right, done = 0.0, 0, 0
     work = partial(_figures, runner, has_labels)
-    for losses, hits, count in in_parts(runner, ordered, work, items_max=FORWARD_EXAMPLES, tokens_max=FORWARD_TOKENS):
+    for losses, hits, count in in_parts(
+        runner, ordered, work, items_max=FORWARD_EXAMPLES, tokens_max=FORWARD_TOKENS, is_whole=False
+    ):
         total, right, done = total + losses, right + hits, done + count
         if done < len(ordered) and should_stop():
             return None
@@ -80,7 +82,7 @@ def answers(runner: Runner, examples: Sequence[Example]) -> list[Answer]:
     if objective.spec.kind in CHOICES:
         sequences = objective.encode(examples, source="the examples")
         work = partial(_chosen, runner)
-        parts = in_parts(runner, sequences, work, items_max=FORWARD_EXAMPLES, tokens_max=FORWARD_TOKENS)
+        parts = in_parts(runner, sequences, work, items_max=FORWARD_EXAMPLES, tokens_max=FORWARD_TOKENS, is_whole=False)
         chosen = [index for part in parts for index in part]
         words = {value: objective.spec.labels.get(value, value) for value in objective.label_values}
         return [

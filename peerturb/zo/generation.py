@@ -6,7 +6,6 @@ so a measurement can be repeated. Knows no rounds.
 """
 
 import hashlib
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ class GenerationEvaluator(Generic[Item]):
         rows = list(items) if perturbation is None else _each_side(items, perturbation)
         prompts = [self._ids(item) for item in rows]
         manifest = [entry for entry, _ in self.parameters]
-        draws = _Draws(self.writing, manifest, prompts, perturbation)
+        draws = _Draws(self.writing, manifest, rows=len(rows), perturbation=perturbation)
         written = self._write(prompts, perturbation, draws)
         return [str(text) for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
@@ -201,32 +200,26 @@ class _Draws:
     """Choose tokens: the greatest logit, or the one where a row's own number falls in the cumulated probabilities."""
 
     def __init__(
-        self,
-        writing: Writing,
-        manifest: Sequence[Parameter],
-        prompts: Sequence[Sequence[int]],
-        perturbation: Perturbation | None,
+        self, writing: Writing, manifest: Sequence[Parameter], *, rows: int, perturbation: Perturbation | None
     ) -> None:
         self._temperature = writing.temperature
         if not self._temperature:
             return
         probes = 1 if perturbation is None else perturbation.probes
         sides = 1 if perturbation is None else perturbation.sides
-        per_side = len(prompts) // (probes * sides)
+        per_side = rows // (probes * sides)
         keys = np.array([_key(writing.seed, perturbation, manifest, probe) for probe in range(probes)], np.uint64)
         self._keys = np.repeat(keys, sides * per_side, axis=0)
-        # By what is asked, not by the place among the rows: what is written does not depend on what shares a forward.
-        # Of equal prompts of one side of a probe each has a number of its own all the same.
-        asked = [zlib.crc32(np.array(prompt, "<i8").tobytes()) for prompt in prompts]
-        groups = [asked[begin : begin + per_side] for begin in range(0, len(asked), per_side)]
-        self._examples = np.array(asked, np.uint32)
-        self._repeats = np.array([group[:place].count(one) for group in groups for place, one in enumerate(group)])
+        places = np.arange(per_side)[None].repeat(probes, 0)
+        if perturbation is not None and perturbation.places is not None:
+            places = perturbation.places
+        self._examples = places.repeat(sides, 0).reshape(-1)
 
     def choose(self, logits: Tensor, step: int) -> Tensor:
         """Return a token for each row."""
         if not self._temperature:
             return logits.argmax(1)
-        words = rng.philox(step, self._examples, self._repeats, 0, key=(self._keys[:, 0], self._keys[:, 1]))[:, 0]
+        words = rng.philox(step, self._examples, 0, 0, key=(self._keys[:, 0], self._keys[:, 1]))[:, 0]
         # float64, and below the last sum: rounding must not lead past the last token.
         sums = torch.softmax(logits / self._temperature, 1).double().cumsum(1)
         points = torch.from_numpy((words.astype(np.float64) + 0.5) * 2.0**-32).to(logits.device)[:, None]

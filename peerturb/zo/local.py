@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from peerturb import codec
-from peerturb.errors import ModelError
+from peerturb.errors import DataError, ModelError
 from peerturb.floats import f32
 from peerturb.ids import RoundNumber, Slot
 from peerturb.plateau import Plateau
@@ -58,7 +58,7 @@ class LocalRound:
 
 
 class LocalRun(Generic[Item]):
-    """Rounds with all peers in this process.
+    """Rounds with all peers in this process. Every peer measures all its probes: `round.budget_ms` means nothing here.
 
     Args:
         evaluator: a `CustomEvaluator`, `Runner` or another; its tensors are trained in place.
@@ -149,7 +149,13 @@ class LocalRun(Generic[Item]):
             yield self.step()
 
     def loss(self, items: Sequence[Any]) -> float:
-        """Return the mean loss of items, weights as they are."""
+        """Return the mean loss of items, weights as they are; of all together where the evaluator judges them so.
+
+        Raises:
+            DataError: there are none.
+        """
+        if not items:
+            raise DataError("the loss of no items was asked for: give at least one")
         parts = list(in_parts(self.evaluator, items, self.evaluator.losses, items_max=len(items)))
         return float(torch.cat(parts).mean())
 

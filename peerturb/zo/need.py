@@ -59,7 +59,7 @@ def need_of(evaluator: Evaluator[Any], *, family: str = "") -> Need:
     return Need(
         token=LIVE * itemsize * _width(module, evaluator.parameters),
         # Scores and their softmax.
-        pair=(2 * itemsize + wide) * int(config.num_attention_heads) if is_eager else itemsize,
+        pair=(2 * itemsize + wide) * _heads(config) if is_eager else itemsize,
         # On a CPU the softmax is taken slice by slice; elsewhere at once, and with a result of the same size.
         output=itemsize if evaluator.device.type == "cpu" else itemsize + wide + 4,
         held=itemsize,
@@ -71,9 +71,14 @@ def need_of(evaluator: Evaluator[Any], *, family: str = "") -> Need:
 def cache_width(module: Any) -> int:
     """Return the numbers that a transformers decoder keeps of each token while it writes: keys and values."""
     config = _config(module)
-    heads = int(config.num_attention_heads)
+    heads = _heads(config)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 2 * int(config.num_hidden_layers) * int(getattr(config, "num_key_value_heads", None) or heads) * int(size)
+
+
+def _heads(config: Any) -> int:
+    """Return the number of attention heads; 1 for models without attention."""
+    return int(getattr(config, "num_attention_heads", None) or 1)
 
 
 def _width(module: Any, parameters: Sequence[tuple[Parameter, Tensor]]) -> int:

@@ -268,7 +268,13 @@ def _elementwise(mode: Following, func: Callable[..., Any], args: tuple[Any, ...
     if found.table is not None:
         table = _table_beside(mode, found, found.table, other)
         return func(*(table if value is found.tensor else value for value in args))
-    if not isinstance(other, Tensor) or (other.numel() == 1 and mode.find((other,), {}) is None):
+    is_number = not isinstance(other, Tensor) or (other.numel() == 1 and mode.find((other,), {}) is None)
+    if is_number and isinstance(other, Tensor) and mode.rows == 1:
+        # A constant, or the activation of the only row: with the only perturbation there is, either comes out right.
+        only = mode.vector(found).view(found.tensor.shape)
+        result = func(*(only if value is found.tensor else value for value in args))
+        return result.to(torch.result_type(found.tensor, other))
+    if is_number:
         rows = func(*(mode.vector(found) if value is found.tensor else value for value in args))
         return mode.derive(found, func(*args), rows=rows)
     last = found.parameter.elements

@@ -15,6 +15,8 @@ class Units:
     """Of each unit: [units]."""
     examples: NDArray[np.int64]
     """By number: [units, examples of each]."""
+    places: NDArray[np.int64]
+    """Which of its sample's examples each is: [units, examples of each]."""
 
     @classmethod
     def of(cls, drawn: NDArray[np.int64], *, first: int = 0, is_whole: bool) -> "Units":
@@ -25,7 +27,8 @@ class Units:
             first: number of the first sample.
         """
         samples = np.arange(first, first + len(drawn))
-        units = cls(samples=samples, examples=drawn)
+        places = np.broadcast_to(np.arange(drawn.shape[1]), drawn.shape)
+        units = cls(samples=samples, examples=drawn, places=places)
         return units if is_whole else units.singles()
 
     def __len__(self) -> int:
@@ -38,11 +41,28 @@ class Units:
 
     def take(self, chosen: NDArray[np.int64] | slice) -> "Units":
         """Return some of the units, in the order given."""
-        return Units(samples=self.samples[chosen], examples=self.examples[chosen])
+        return Units(samples=self.samples[chosen], examples=self.examples[chosen], places=self.places[chosen])
 
     def singles(self) -> "Units":
         """Return the same examples, each a unit of its own."""
-        return Units(samples=self.samples.repeat(self.together), examples=self.examples.reshape(-1, 1))
+        return Units(
+            samples=self.samples.repeat(self.together),
+            examples=self.examples.reshape(-1, 1),
+            places=self.places.reshape(-1, 1),
+        )
+
+    def halves(self) -> tuple["Units", "Units"]:
+        """Return two with about half as much: of the units, or of the examples of a single one."""
+        if len(self) > 1:
+            half = len(self) // 2
+            return self.take(slice(half)), self.take(slice(half, None))
+        half = self.together // 2
+        columns = slice(half), slice(half, None)
+        first, second = (
+            Units(samples=self.samples, examples=self.examples[:, part], places=self.places[:, part])
+            for part in columns
+        )
+        return first, second
 
 
 def cheapest_cuts(

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from peerturb.manifest import Parameter
@@ -65,6 +67,9 @@ class Perturbation:
         sides: 2 for +epsilon and -epsilon, 1 for +epsilon alone.
     """
 
+    places: NDArray[np.int64] | None = None
+    """Which of its probe's examples each of a probe's rows is, [probes, examples], where a probe has more examples than
+    are measured here: what an evaluator draws for an example does not depend on what shares a forward."""
     draw_key = b""
     """What random draws of an evaluator (sampled text) shall follow from. Empty: from each probe's own signs."""
 

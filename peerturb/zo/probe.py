@@ -4,6 +4,7 @@ Samples are measured in micro-batches; the caller's `should_stop` is asked betwe
 time is over. Knows the RunSpec and the node's data, but no clock and no network.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,7 +19,7 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.spec import RunSpec
 from peerturb.zo import fast
 from peerturb.zo.batch import Evaluator, Size
-from peerturb.zo.coverage import can_follow
+from peerturb.zo.coverage import SlowWarning, slowness_of
 from peerturb.zo.data import Draw
 from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.factors import PagedSigns, Pages
@@ -59,7 +60,8 @@ class Measurement:
     reference: NDArray[np.float64]
     """What `plus` is compared with: L(theta - epsilon z), or one-sided the clean loss L(theta) that all share: [n]."""
     tokens: int
-    """Tokens read by the model, padding not counted: every side, and the clean loss, counted."""
+    """Tokens of the examples, padding not counted: every side, and the clean loss, counted; an example with several
+    labels is counted once."""
 
     @property
     def loss(self) -> float:
@@ -93,18 +95,25 @@ class ProbeEngine(Generic[Item]):
         ModelError: the engine cannot perturb some parameter; see `peerturb.zo.coverage`. One that it cannot follow for
             all rows at once is no error but a warning: each side of each probe is then measured by itself.
         DataError: fewer examples than one probe needs.
-        ObjectiveError: a probe's examples, which are judged together, are more than `rows_max` rows.
+        ObjectiveError: `rows_max` is below 1, or less than a probe's examples need that are judged together.
     """
 
     def __init__(
         self, evaluator: Evaluator[Item], spec: RunSpec, items: Sequence[Item], *, rows_max: int | None = None
     ) -> None:
-        self._is_followed = can_follow(evaluator, spec.perturbation.family, sides=spec.perturbation.side_count)
+        if rows_max is not None and rows_max < 1:
+            raise ObjectiveError(f"rows_max is {rows_max}; give 1 or more, or None to let memory and device choose")
+        self.slowness = slowness_of(evaluator, spec.perturbation.family, sides=spec.perturbation.side_count)
+        """Why losses are measured one probe and side at a time, and what to do about it; None: they are not."""
+        if self.slowness is not None:
+            warnings.warn(self.slowness, SlowWarning, stacklevel=2)
+        self._is_followed = self.slowness is None
         self.spec = spec
         self.evaluator = evaluator
         self.items = items
         self._kind = "cuda" if evaluator.device.type == "cuda" else "cpu"
-        self._room = Room(evaluator, family=spec.perturbation.family, is_planned=rows_max is None)
+        copies = 0 if self._is_followed else sum(t.numel() * t.element_size() for _, t in evaluator.parameters)
+        self._room = Room(evaluator, family=spec.perturbation.family, is_planned=rows_max is None, besides=copies)
         sizes = [evaluator.size(item) for item in items]
         self._rows_each = max((size.rows for size in sizes), default=1)
         self._lengths = np.array([size.tokens for size in sizes], np.int64)
@@ -221,12 +230,8 @@ class ProbeEngine(Generic[Item]):
             )
             if sums is not None:
                 return sums
-        if len(units) == 1:
-            apart: NDArray[np.float64] = self._sums(forward, units.singles()).sum(0, keepdims=True)
-            return apart
-        half = len(units) // 2
-        parts = units.take(slice(half)), units.take(slice(half, None))
-        return np.concatenate([self._sums(forward, part) for part in parts])
+        first, second = (self._sums(forward, part) for part in units.halves())
+        return first + second if len(units) == 1 else np.concatenate([first, second])
 
     def _forward(
         self, round_number: RoundNumber, slot: Slot, units: Units, *, epsilon: float | None = None
@@ -244,6 +249,7 @@ class ProbeEngine(Generic[Item]):
         )
         if self._is_shared:  # all that is compared with one clean loss draws alike
             perturbation.draw_key = f"{self.spec.run_key} {round_number} {slot}".encode()
+        perturbation.places = units.places
         items = [self.items[index] for index in units.examples.flatten().tolist()]
         measure = evaluator.losses if self._is_followed else partial(written_losses, evaluator)
         sums: NDArray[np.float64] = measure(items, perturbation).sum(2).cpu().numpy()
@@ -296,8 +302,8 @@ class ProbeEngine(Generic[Item]):
         return self.evaluator.is_whole or (fits and not (is_padded and is_cheap_apart))
 
     def _rows(self, examples: int) -> int:
-        """Rows of so many examples, on all sides."""
-        return self.spec.perturbation.side_count * examples * self._rows_each
+        """Rows of so many examples in a forward: on all sides, or on one where they are measured one by one."""
+        return (self.spec.perturbation.side_count if self._is_followed else 1) * examples * self._rows_each
 
     def _limit(self, examples: NDArray[np.int64]) -> int:
         """Rows as large as the largest of these examples that may share a forward."""

@@ -34,11 +34,15 @@ class Room:
         evaluator: what does the forwards.
         family: of its perturbations; empty: the weights as they are.
         is_planned: False where a person has chosen the rows: then only memory that does run out is a limit.
+        besides: bytes that each forward needs whatever its rows.
     """
 
-    def __init__(self, evaluator: Evaluator[Any], *, family: str = "", is_planned: bool = True) -> None:
+    def __init__(
+        self, evaluator: Evaluator[Any], *, family: str = "", is_planned: bool = True, besides: int = 0
+    ) -> None:
         self._device = evaluator.device
         self._need = need_of(evaluator, family=family)
+        self._fixed = self._need.fixed + besides
         self._is_planned = is_planned
         self._planned_bytes, self._tried_bytes = UNLIMITED, UNLIMITED
         """What may be needed by what is free, and by what has not fitted."""
@@ -47,7 +51,7 @@ class Room:
         """Ask what is free: before a round or an evaluation, so that all of it is planned alike."""
         free = free_bytes(self._device) if self._is_planned else None
         if free is not None:
-            self._planned_bytes = int(SHARE[self._device.type] * free) - self._need.fixed
+            self._planned_bytes = int(SHARE[self._device.type] * free) - self._fixed
 
     def row_bytes(self, size: Size) -> int:
         """Return what a row of this size needs, estimated."""
@@ -93,20 +97,23 @@ def in_parts(
     *,
     items_max: int,
     tokens_max: int = UNLIMITED,
+    is_whole: bool | None = None,
 ) -> Iterator[Result]:
     """Yield what `work` makes of the items, in order, as many of them at once as memory allows.
 
     Args:
-        evaluator: one that judges items together gets `items_max` of them at once, whatever is free.
+        evaluator: knows how large items are; one that judges them together gets `items_max` at once, whatever is free.
         work: does a forward of plain weights over some of the items.
         items_max: items at once, if memory is no limit.
         tokens_max: tokens at once, padding counted, if memory is no limit.
+        is_whole: whether `work` judges items together; None: as the evaluator does.
 
     Raises:
         ModelError: memory runs out at a single item, or at items that are judged together.
     """
     room = Room(evaluator)
     room.look()
+    is_whole = evaluator.is_whole if is_whole is None else is_whole
     sizes = [evaluator.size(item) for item in items]
     done = 0
     while done < len(items):
@@ -114,7 +121,7 @@ def in_parts(
         rows_each = max(size.rows for size in ahead)
         tokens, row_bytes = max(size.tokens for size in ahead), max(room.row_bytes(size) for size in ahead)
         count = len(ahead)
-        if not evaluator.is_whole:
+        if not is_whole:
             rows = min(int(room.rows(np.array([row_bytes]))[0]), tokens_max // tokens)
             count = max(1, min(count, rows // rows_each))
         result = room.attempt(
@@ -122,7 +129,7 @@ def in_parts(
             rows=count * rows_each,
             row_bytes=row_bytes,
             tokens=tokens,
-            is_smallest=count == 1 or evaluator.is_whole,
+            is_smallest=count == 1 or is_whole,
         )
         if result is not None:
             done += count

@@ -12,8 +12,8 @@ from peerturb.zo.free import free_bytes
 
 SAID = re.compile(
     "out of memory|can't allocate memory|not enough memory|bad_alloc|STATUS_ALLOC_FAILED"
-    # All that oneDNN says when it finds no memory for its own buffers.
-    "|could not create a primitive|could not create a memory object|could not execute a primitive"
+    # All that oneDNN says when it finds no memory for its own buffers; without a descriptor it knows no way at all.
+    "|could not create a primitive(?! descriptor)|could not create a memory object|could not execute a primitive"
 )
 """What stands in a plain RuntimeError of torch's CPU allocator, CUDA, cuBLAS, cuDNN or oneDNN."""
 

@@ -5,6 +5,7 @@ One process, one slot, no log. Weights are restored bit for bit after every sett
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -18,6 +19,7 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.spec import RunSpec
 from peerturb.zo.batch import Evaluator
+from peerturb.zo.coverage import SlowWarning
 from peerturb.zo.data import evenly
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.room import in_parts
@@ -81,7 +83,10 @@ class Sweep(Generic[Item]):
         with memory_for("a second copy of the weights", evaluator.device):
             self._saved = [weight.clone() for weight in self._weights]
         self._evaluator = evaluator
-        self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
+        with warnings.catch_warnings(action="ignore", category=SlowWarning):
+            self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
+        self.slowness = self._engine.slowness
+        """Why probes are measured one at a time; None: they are not."""
         self._sample = evenly(items, SAMPLE_ITEMS)
         self._held_out = held_out
         self._before = self._losses()
@@ -165,7 +170,8 @@ class Sweep(Generic[Item]):
 
     def _losses(self) -> NDArray[np.float64]:
         """Losses of the sample, example by example."""
-        parts = in_parts(self._evaluator, self._sample, self._evaluator.losses, items_max=SAMPLE_ROWS)
+        at_once = len(self._sample) if self._evaluator.is_whole else SAMPLE_ROWS
+        parts = in_parts(self._evaluator, self._sample, self._evaluator.losses, items_max=at_once)
         return np.concatenate([losses.detach().double().cpu().numpy() for losses in parts])
 
 

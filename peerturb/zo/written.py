@@ -24,7 +24,7 @@ class Written(Perturbation):
 
     def __init__(self, whole: Perturbation) -> None:
         super().__init__(whole.signs, probes=1, epsilon=whole.epsilon, dtype=whole.dtype, device=whole.device, sides=1)
-        self.draw_key = whole.draw_key
+        self.draw_key, self.places = whole.draw_key, whole.places
 
 
 class Replaced(TorchFunctionMode):

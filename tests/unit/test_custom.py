@@ -4,11 +4,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from peerturb.errors import DataError, ModelError, ObjectiveError
+from peerturb.ids import RoundNumber, Slot
 from peerturb.spec import ModelSpec, ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec, StepSpec
 from peerturb.zo.custom import CustomEvaluator, base_spec
 from peerturb.zo.data import Example
@@ -323,3 +325,57 @@ def test_model_spec_is_that_of_the_module() -> None:
     assert base_spec(module, name="mlp") == base_spec(network(), name="mlp")
     assert base_spec(module, name="mlp").digest != base_spec(network(1), name="mlp").digest
     assert isinstance(base_spec(module, name="mlp", exclude=("0.*",)), ModelSpec)
+
+
+class Scaled(torch.nn.Module):
+    """One number an example, times one number that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.scale = torch.nn.Linear(4, 1), torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.lin(x) * self.scale + self.scale
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sides", ["two", "one"])
+def test_a_single_row_of_a_single_number_is_perturbed_too(sides: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = Scaled().to(dtype)
+    rows = [(torch.randn(4).to(dtype), torch.randn(1).to(dtype)) for _ in range(8)]
+    model = base_spec(module, name="m", exclude=("lin.*",))
+    perturbation = PerturbationSpec.model_validate({"epsilon": 0.125, "sides": sides})
+    run_spec = RunSpec(
+        name="one", model=model, perturbation=perturbation, round=RoundSpec(count=4, probes_max=5),
+        objective=ObjectiveSpec(examples_per_probe=1),
+    )  # fmt: skip
+    custom = CustomEvaluator(module, model, rows, loss=lambda found, batch: (found - batch[1]).square().mean(1))
+    measured = [
+        ProbeEngine(custom, run_spec, rows, rows_max=rows_max).measure(RoundNumber(0), slot=Slot(0))
+        for rows_max in (1, None)
+    ]
+    assert (measured[0].plus != measured[0].reference).all()
+    for one, many in zip(*((found.plus, found.reference) for found in measured), strict=True):
+        np.testing.assert_allclose(one, many, rtol=1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("length", [0, -3, 0.4])
+def test_an_impossible_length_is_an_error(length: Any) -> None:
+    module = torch.nn.Linear(4, 1)
+    run_spec = RunSpec(name="x", model=base_spec(module, name="m"), objective=ObjectiveSpec(examples_per_probe=1))
+    rows = [(torch.randn(4), torch.randn(1)) for _ in range(8)]
+
+    def loss(found: Tensor, batch: Any) -> Tensor:
+        squares: Tensor = (found - batch[1]).square().mean(1)
+        return squares
+
+    custom = CustomEvaluator(module, run_spec.model, rows, loss=loss, tokens=lambda item: length)
+    with pytest.raises(ObjectiveError, match="`tokens` returned"):
+        LocalRun(custom, run_spec, [rows])
+    custom = CustomEvaluator(module, run_spec.model, rows, loss=loss)
+    with pytest.raises(ObjectiveError, match="rows_max is 0; give 1 or more"):
+        LocalRun(custom, run_spec, [rows], rows_max=0)
+    with pytest.raises(DataError, match="no items"):
+        LocalRun(custom, run_spec, [rows]).loss([])

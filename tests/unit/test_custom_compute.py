@@ -14,6 +14,7 @@ from peerturb.protocol.records import RoundSealed
 from peerturb.spec import ObjectiveSpec, RoundSpec, RunSpec
 from peerturb.zo.custom import CustomEvaluator, base_spec
 from peerturb.zo.digest import short_digest
+from peerturb.zo.local import LocalRun
 from peerturb_node.compute.custom import CustomCompute
 from tests.zo_models import one_thread
 
@@ -94,3 +95,20 @@ def test_export_is_the_users(tmp_path: Path) -> None:
     assert written == [tmp_path]
     with pytest.raises(ModelError, match="gave its compute no `export`"):
         build()[0].export(tmp_path)
+
+
+def test_a_loss_of_a_group_is_of_all_that_is_held_out() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+    spec = RunSpec(name="unit", model=base_spec(module, name="m"), objective=ObjectiveSpec(examples_per_probe=2))
+
+    def loss(outputs: Tensor, batch: Any) -> float:
+        return float((outputs - batch[1]).abs().max())  # not the mean of those of parts
+
+    evaluator = CustomEvaluator(module, spec.model, ITEMS, loss=loss, per_probe=2)
+    held_out = ITEMS * 5
+    compute = CustomCompute(spec, evaluator, ITEMS, base_digest=spec.model.digest, held_out=held_out)
+    found = compute.evaluate(lambda: False)
+    assert found is not None
+    assert found.examples == len(held_out) > 64
+    assert found.loss == pytest.approx(LocalRun(evaluator, spec, [ITEMS]).loss(held_out))

@@ -59,9 +59,9 @@ def examined(spec: RunSpec, settings: NodeSettings, monkeypatch: pytest.MonkeyPa
     """The bytes that the checks `memory` and `disk` were given: of all tensors, and of a checkpoint."""
     given: dict[str, int] = {}
 
-    def needed(weights: int, vocabulary: int, width: int) -> int:
+    def needed(weights: int, vocabulary: int, width: int, *, tokens: int) -> int:
         given["held"] = weights
-        return memory_needed(weights, vocabulary, width)
+        return memory_needed(weights, vocabulary, width, tokens=tokens)
 
     def disk(settings: NodeSettings, each_checkpoint: int) -> Iterator[Check]:
         given["each"] = each_checkpoint

@@ -1,5 +1,6 @@
 """Text generated under perturbed weights: each row's own, the same as one model at a time would write."""
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,25 @@ def test_one_sided_probes_and_the_clean_weights_draw_with_the_same_numbers() -> 
     assert all((measured.plus == measured.reference).all() for measured in rounds)
     assert len({measured.reference[0] for measured in rounds}) == 3  # each round draws anew
     assert engine.measure(RoundNumber(0), slot=Slot(1)).reference[0] != rounds[0].reference[0]
+
+
+@pytest.mark.parametrize("rows_max", [None, 2])
+def test_equal_prompts_of_a_probe_draw_for_themselves_whatever_shares_a_forward(rows_max: int | None) -> None:
+    model, texts = small_model("llama-tied"), []
+
+    def reward(prompt: str, text: str) -> float:
+        texts.append((prompt, text))
+        return float(zlib.crc32(text.encode()))
+
+    judge = evaluator(model, manifest_of(model), reward=reward, writing=Writing(tokens_max=8, temperature=1.0))
+    spec = spec_of(probes=1, objective={"examples_per_probe": 4})
+    found = {}
+    for name, prompts in (("alike", ["ab"] * 4), ("others too", ["ab", "abababab", "ab", "ab"])):
+        texts.clear()
+        ProbeEngine(judge, spec, prompts, rows_max=rows_max).measure(RoundNumber(0), slot=Slot(0))
+        found[name] = {text for prompt, text in texts if prompt == "ab"}
+    assert len(found["alike"]) >= 4  # four examples on two sides, of nearly the same weights
+    assert len(found["others too"]) >= 3
 
 
 def test_sampling_follows_the_probabilities() -> None:

@@ -53,6 +53,7 @@ FOLLOWED: dict[str, Use] = {
     "rows and tokens flattened": lambda places, hidden, ids: hidden + places(ids.flatten()).view_as(hidden),
 }
 SLOW: dict[str, Use] = {
+    "repeated": lambda places, hidden, ids: hidden + places(numbers(ids)).unsqueeze(0).repeat(len(ids), 1, 1),
     "both ways": lambda places, hidden, ids: hidden + places(numbers(ids)) + places(ids),
     "tokens first": lambda places, hidden, ids: (hidden.transpose(0, 1) + places(numbers(ids)).unsqueeze(1)).transpose(
         0, 1

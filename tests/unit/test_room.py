@@ -87,6 +87,26 @@ def test_what_is_judged_together_is_not_split(free: Any) -> None:
         list(in_parts(runner, items, Small(19), items_max=20))
 
 
+def test_an_evaluation_is_not_judged_together(free: Any) -> None:
+    free(None)
+    runner = runner_of(**LABELS)
+    examples = [Example(prompt="say " * (1 + k % 3), label="y", where="x") for k in range(12)]
+    items = runner.objective.encode(examples, source="x")
+    found = evaluate(runner, items)
+    runner.is_whole = True
+    logits, shapes = runner.logits, []
+
+    def small_only(rows: Any, perturbation: Any = None) -> torch.Tensor:
+        shapes.append(len(rows.ids))
+        if shapes[-1] > 5:
+            raise MemoryError
+        return logits(rows, perturbation)
+
+    runner.logits = small_only  # type: ignore[method-assign]
+    assert evaluate(runner, items) == found
+    assert len(shapes) > 2
+
+
 def test_free_memory_is_asked_for_once_a_look(free: Any) -> None:
     runner = runner_of()
     place = Room(runner, family="rank1")

@@ -79,6 +79,7 @@ def test_a_forward_that_does_not_fit_is_done_in_parts() -> None:
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (OSError(2, "No such file or directory"), False),
         (ValueError("out of memory"), False),

@@ -265,6 +265,8 @@ def test_bad_input_is_named(tmp_path: Path, run: Run, run_file: Path, files: Tas
     assert (code, "cannot read" in err) == (2, True)
     code, _, err = run("tune", run_file, "--data", files.train[0], "--out", run_file)
     assert (code, "exists" in err) == (2, True)
+    code, _, err = run("tune", run_file, "--data", files.train[0], "--out", tmp_path / "none" / "x.toml")
+    assert (code, "there is no folder" in err) == (2, True)
     code, _, err = run("tune", run_file, "--data", tmp_path / "none.jsonl", "--model", BASE_MODEL_FOLDER)
     assert (code, "none.jsonl" in err) == (2, True)
     text = run_file.read_text(encoding="utf-8").replace('digest = "d507', 'digest = "0000')

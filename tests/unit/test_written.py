@@ -4,14 +4,17 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from peerturb.errors import ModelError, ObjectiveError, UnfollowedError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec
+from peerturb.zo.batch import Runner
 from peerturb.zo.coverage import check_written, text_slowness
 from peerturb.zo.custom import CustomEvaluator, base_spec
 from peerturb.zo.data import Example
@@ -19,6 +22,7 @@ from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.generation import GenerationEvaluator, Writing
 from peerturb.zo.local import LocalRun
 from peerturb.zo.metrics import ScoredRunner, error_rate
+from peerturb.zo.model import prepare
 from peerturb.zo.objective import Objective
 from peerturb.zo.perturbation import FAMILIES
 from peerturb.zo.probe import ProbeEngine
@@ -179,6 +183,60 @@ def test_time_is_asked_after_every_probe() -> None:
     answers = iter([False, True])
     measured = engine.measure(RoundNumber(0), slot=Slot(0), should_stop=lambda: next(answers))
     assert len(measured.plus) == 2
+
+
+def forwards_of(evaluator: CustomEvaluator[Any]) -> list[int]:
+    """Note the examples of every forward from now on."""
+    losses, seen = evaluator.losses, []
+
+    def watched(items: Any, perturbation: Any = None) -> Tensor:
+        seen.append(len(items))
+        return losses(items, perturbation)
+
+    evaluator.losses = watched  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize(("rows_max", "parts"), [(None, [3]), (3, [3]), (2, [1, 2]), (1, [1, 1, 1])])
+def test_a_side_is_as_large_as_allowed(rows_max: int | None, parts: list[int]) -> None:
+    module = build("conv1d")
+    spec = spec_for(module)
+    evaluator = CustomEvaluator(module, spec.model, items(8), loss=cross_entropy)
+    with pytest.warns(RuntimeWarning, match=SLOW):
+        whole = ProbeEngine(evaluator, spec, items()).measure(RoundNumber(0), slot=Slot(0))
+    with pytest.warns(RuntimeWarning, match=SLOW):
+        engine = ProbeEngine(evaluator, spec, items(), rows_max=rows_max)
+    assert engine.slowness is not None
+    seen = forwards_of(evaluator)
+    measured = engine.measure(RoundNumber(0), slot=Slot(0))
+    assert sorted(seen) == sorted(2 * 4 * parts)
+    np.testing.assert_allclose(measured.plus, whole.plus, rtol=1e-6)
+
+
+def test_a_model_without_attention_is_measured_too() -> None:
+    config = MambaConfig(
+        vocab_size=300,
+        hidden_size=16,
+        state_size=4,
+        num_hidden_layers=1,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = prepare(MambaForCausalLM(config), "float32")
+    spec = spec_of(objective={"examples_per_probe": 2}, probes=2, epsilon=EPSILON)
+    objective = Objective(spec.objective, byte_tokenizer())
+    sequences = objective.encode([Example(prompt="ab" * n, label="", where="x") for n in range(2, 7)], source="test")
+    manifest = manifest_of(model)
+    with pytest.warns(RuntimeWarning, match=SLOW):
+        engine = ProbeEngine(Runner(model, manifest, objective), spec, sequences)
+    measured = engine.measure(RoundNumber(0), slot=Slot(0))
+    drawn = engine.drawn(RoundNumber(0), Slot(0), 2)
+    for sample in range(2):
+        moved = written_out(model, manifest, spec, sample, EPSILON)
+        wanted = Runner(moved, manifest, objective).losses([sequences[index] for index in drawn[sample]])
+        assert measured.plus[sample] == pytest.approx(float(wanted.mean()), rel=1e-5)
 
 
 def test_a_loss_of_a_group_is_given_the_whole_group() -> None:

@@ -68,10 +68,10 @@ def model(
     from peerturb.zo.kinds import Task, kind_of, positions_max
     from peerturb.zo.model import base_digest, build_manifest, load_model
     from peerturb.zo.quantised import Packing, quantise_base
+    from peerturb_node.cli.output import check_new, write_new
 
     _check(dtype, adapter, target, quantise, objective, classes)
-    if out is not None and out.expanduser().exists():
-        raise SpecError(f"{out} exists; give --out another name, or remove it")
+    target_file = None if out is None else check_new(out)
     folder = Path(name).expanduser()
     shown_name = label or (folder.resolve().name if folder.is_dir() else name)
     chosen = {"kind": adapter, "rank": rank, "targets": target or ["*"]} if adapter is not None else None
@@ -94,8 +94,8 @@ def model(
     whole = run_toml(
         spec, name=title, parameters=total, kind=kind, seed=seed, classes=classes, positions_max=positions_max(loaded)
     )
-    if out is not None:
-        _write(out.expanduser(), whole)
+    if target_file is not None:
+        write_new(target_file, whole)
     if as_json:
         document = _document(spec, manifest, manifest_digest(manifest), type(loaded).__name__)
         document["quantised"] = None if packing is None else asdict(packing)
@@ -139,16 +139,6 @@ def _read(name: str, seed: int, model: dict[str, Any]) -> "ModelSpec":
     from peerturb.spec import RunSpec
 
     return RunSpec.from_document({"name": name, "seed": seed, "model": model}, source="this command line").model
-
-
-def _write(path: Path, text: str) -> None:
-    from peerturb.errors import SpecError
-
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text + "\n")
-    except OSError as error:
-        raise SpecError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _document(spec: "ModelSpec", manifest: "Manifest", digest: bytes, kind: str) -> dict[str, Any]:

@@ -55,13 +55,12 @@ def tune(
 
     Ends with 0 if there is something to recommend, 1 otherwise.
     """
-    from peerturb.errors import SpecError
     from peerturb.spec import RunSpec
     from peerturb_node import settings as settings_module
+    from peerturb_node.cli.output import check_new, write_new
 
     spec = RunSpec.from_toml(run)
-    if out is not None and out.expanduser().exists():
-        raise SpecError(f"{out} exists; give --out another name, or remove it")
+    target_file = None if out is None else check_new(out)
     flags = {
         # No coordinator is asked; a node's settings want one.
         "coordinator": "127.0.0.1:7470", "data": data, "eval": eval_, "model": model, "device": device,
@@ -75,12 +74,12 @@ def tune(
     keep_large_blocks()
     show = _silent if as_json or not sys.stderr.isatty() else _progress
     found = sweep(spec, settings, checkpoint=checkpoint, budget_s=budget, probes=probes, on_outcome=show)
-    if out is not None and found.toml:
-        _write(out.expanduser(), found.toml)
     if as_json:
         typer.echo(json.dumps(_finite(found.document()), indent=2))
     else:
         _show(found, out)
+    if target_file is not None and found.toml:
+        write_new(target_file, found.toml)
     raise typer.Exit(0 if found.recommendation.setting is not None else 1)
 
 
@@ -95,16 +94,6 @@ def _progress(outcome: "Outcome") -> None:
         f"{outcome.before:.4f} -> {outcome.after:.4f} in {outcome.seconds:.0f} s",
         err=True,
     )
-
-
-def _write(path: Path, text: str) -> None:
-    from peerturb.errors import SpecError
-
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text + "\n")
-    except OSError as error:
-        raise SpecError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _finite(value: object) -> object:

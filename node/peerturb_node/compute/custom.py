@@ -72,7 +72,8 @@ class CustomCompute(Replica, Generic[Item]):
     def evaluate(self, is_cancelled: Callable[[], bool]) -> HeldOut | None:
         """Return the mean loss of the held-out items."""
         total, done = 0.0, 0
-        for losses in in_parts(self._evaluator, self._held_out, self._evaluator.losses, items_max=EVALUATED_AT_ONCE):
+        at_once = len(self._held_out) if self._evaluator.is_whole else EVALUATED_AT_ONCE
+        for losses in in_parts(self._evaluator, self._held_out, self._evaluator.losses, items_max=at_once):
             total += float(losses.sum())
             done += len(losses)
             if done < len(self._held_out) and is_cancelled():

@@ -1,5 +1,6 @@
 """A compute on a real model: the engine of `peerturb.zo` behind the node's contract."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from peerturb.errors import ModelError, RefusedError
 from peerturb.spec import RunSpec
 from peerturb.zo.adapter_files import export_adapter
 from peerturb.zo.base import open_base
+from peerturb.zo.coverage import SlowWarning
 from peerturb.zo.evaluate import evaluate
 from peerturb.zo.export import export_model
 from peerturb.zo.model import trainable_weights
@@ -24,6 +26,7 @@ class TorchCompute(Replica):
     Attributes:
         compute_dtype: type in which losses are computed.
         warning: what the operator should know about epsilon, or None.
+        slowness: why probes are measured one at a time, or None.
         packing: what of the base is quantised, or None.
 
     Raises:
@@ -43,7 +46,11 @@ class TorchCompute(Replica):
         self.packing = Packing.of(self._prepared.model, self._named)
         self.compute_dtype = self._prepared.compute_dtype
         self.warning = self._prepared.warning(spec.perturbation.epsilon)
-        self._engine = ProbeEngine(self._prepared.runner, spec, self._prepared.items, rows_max=settings.rows or None)
+        with warnings.catch_warnings(action="ignore", category=SlowWarning):  # told as a node tells things
+            self._engine = ProbeEngine(
+                self._prepared.runner, spec, self._prepared.items, rows_max=settings.rows or None
+            )
+        self.slowness = self._engine.slowness
         self.has_held_out = bool(self._prepared.held_out)
 
     def evaluate(self, is_cancelled: Callable[[], bool]) -> HeldOut | None:

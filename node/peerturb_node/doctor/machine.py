@@ -13,8 +13,6 @@ from peerturb_node.settings import NodeSettings
 
 _OVERHEAD_BYTES = 600 * 1024 * 1024
 """Interpreter, torch and transformers loaded, measured on Linux: about 450 MB."""
-_FORWARD_TOKENS = 4_096
-"""Tokens in one pass on a CPU (`peerturb.zo.probe`)."""
 _LOG_BYTES = 64 * 1024 * 1024
 """Room for a local log: 64 MiB are 100 000 rounds of 600 codes."""
 
@@ -39,10 +37,14 @@ def checkpoint_bytes(manifest: Manifest) -> int:
     return sum(entry.elements * (4 if entry.dtype == "float32" else 2) for entry in manifest)
 
 
-def memory_needed(weights: int, vocabulary: int, width: int) -> int:
-    """Estimate what a node needs: weights (bytes), one pass of activations and logits, the program itself."""
+def memory_needed(weights: int, vocabulary: int, width: int, *, tokens: int) -> int:
+    """Estimate the least that a node needs: weights (bytes), the smallest pass, the program itself.
+
+    Args:
+        tokens: of the smallest pass; larger ones are planned by what is free then.
+    """
     # A handful of activations and one set of logits are alive at once.
-    activations = _FORWARD_TOKENS * (16 * width + 2 * vocabulary) * 4
+    activations = tokens * (16 * width + 2 * vocabulary) * 4
     update = 2**26
     return weights + activations + update + _OVERHEAD_BYTES
 
@@ -52,7 +54,8 @@ def check_memory(needed: int, *, is_loaded: bool) -> Check:
     free = psutil.virtual_memory().available + (psutil.Process().memory_info().rss if is_loaded else 0)
     text = f"about {_mebibytes(needed)} needed, {_mebibytes(free)} free"
     if needed > free:
-        return fail("memory", text, "close other programs, give --rows a small number, or use a larger computer")
+        remedy = "close other programs, lower the run's objective.tokens_max, or use a larger computer"
+        return fail("memory", text, remedy)
     return ok("memory", text)
 
 

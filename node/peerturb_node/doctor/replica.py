@@ -1,6 +1,7 @@
 """Does the model load, is it the run's, can the engine perturb all of it, do the data fit, how fast would it be?"""
 
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ class Replica:
     settings: NodeSettings
     spec: RunSpec
     is_speed_measured: bool
+    _is_slow: bool = False
+    """Whether probes are measured one at a time, with a copy of what is trained."""
 
     def checks(self) -> Iterator[Check]:
         """Yield one check after the other."""
@@ -71,7 +74,10 @@ class Replica:
         vocabulary, width = embedding.shape
         if device.type == "cpu":
             held = tensor_bytes(model) if evaluated is None else tensor_bytes(model, evaluated)
-            yield check_memory(memory_needed(held, vocabulary, width), is_loaded=True)
+            if self._is_slow:  # a perturbed copy of what is trained
+                held += checkpoint_bytes(manifest or ())
+            tokens = self.spec.perturbation.side_count * self.spec.objective.tokens_max
+            yield check_memory(memory_needed(held, vocabulary, width, tokens=tokens), is_loaded=True)
         else:
             free, total = torch.cuda.mem_get_info(device)
             yield ok("memory", f"{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free on {device}, the model loaded")
@@ -128,6 +134,7 @@ class Replica:
 
     def _data(self, model: Any, tokenizer: Any, manifest: Manifest) -> tuple[Any, Check]:
         from peerturb.zo.batch import Runner
+        from peerturb.zo.coverage import SlowWarning
         from peerturb.zo.objective import Objective
         from peerturb.zo.probe import ProbeEngine
         from peerturb_node.data import local_objective
@@ -139,7 +146,9 @@ class Replica:
             objective = Objective.of(local_objective(self.spec.objective, settings), model, tokenizer)
             sequences = objective.load(settings.data.expanduser())
             runner = Runner(model, manifest, objective)
-            engine = ProbeEngine(runner, self.spec, sequences, rows_max=settings.rows or None)
+            with warnings.catch_warnings(action="ignore", category=SlowWarning):  # the check `engine` has told
+                engine = ProbeEngine(runner, self.spec, sequences, rows_max=settings.rows or None)
+            self._is_slow = engine.slowness is not None
         except DataError as error:
             return None, fail("data", str(error), "correct the file, or fit it with --fields or --template")
         except ModelError as error:
