@@ -84,3 +84,6 @@ class Compute(Protocol):
 
     def evaluate(self, weights: Any) -> Evaluation:
         """Evaluate weights on held-out examples."""
+
+    def close(self) -> None:
+        """Let go of what is held outside this process."""

@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from peerturb import limits
 from peerturb.errors import SpecError
-from peerturb.spec import PerturbationSpec, RoundSpec, Section, StepSpec
+from peerturb.manifest import DType
+from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, Section, StepSpec
 
 Lie = Literal["random", "flipped", "extreme", "replayed", "stale", "silent", "digest"]
 """What a liar sends: random codes; its codes with their signs flipped; always +-127; its codes of the round
@@ -145,6 +146,30 @@ class ToySpec(Section):
     """Largest curvature by smallest (`quadratic`)."""
 
 
+class RealSpec(Section):
+    """A real model: `torch` measures in this process, `ray` on workers of a cluster. Paths are the scenario's."""
+
+    kind: Literal["torch", "ray"]
+    model: str = Field(min_length=1)
+    """Folder or hub name of the base model."""
+    data: tuple[str, ...] = Field(min_length=1)
+    """Training data; the peer of slot n has file n, counted round."""
+    eval: str = ""
+    """Held-out data of the peers that evaluate."""
+    dtype: DType = "float32"
+    exponents: dict[str, int] = Field(default_factory=dict)
+    objective: ObjectiveSpec = ObjectiveSpec()
+    threads: int = Field(default=1, ge=1, le=1_024)
+    """Of whoever measures. Another number may round losses otherwise, so it is part of what is simulated."""
+    rows: int = Field(default=0, ge=0, le=65_536)
+    """Most sequences in one forward pass; 0: the engine decides."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    workers: int = Field(default=0, ge=0, le=10_000)
+    """Of `ray`; 0: as many as processors and memory allow."""
+    address: str = ""
+    """Of a cluster that runs already; empty: one of this machine, for this simulation."""
+
+
 class CoordinatorSpec(Section):
     """The coordinator's side of all lines."""
 
@@ -163,7 +188,7 @@ class Scenario(Section):
     step: StepSpec = StepSpec(learning_rate=0.1)
     perturbation: PerturbationSpec = PerturbationSpec()
     eval_every: int = Field(default=10, ge=0, le=limits.ROUNDS_MAX)
-    compute: ToySpec = ToySpec()
+    compute: ToySpec | RealSpec = Field(default=ToySpec(), discriminator="kind")
     coordinator: CoordinatorSpec = CoordinatorSpec()
     peers: tuple[GroupSpec, ...] = Field(min_length=1)
     faults: tuple[FaultSpec, ...] = ()

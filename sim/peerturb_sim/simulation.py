@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peerturb.spec import ModelSpec, ObjectiveSpec, RunSpec
 from peerturb_sim.checks import BrokenInvariantError
+from peerturb_sim.fidelity import compute_of
 from peerturb_sim.life import populate
 from peerturb_sim.peer import Peer
 from peerturb_sim.result import BrokenRow, LogRow, PeerRow, Result
 from peerturb_sim.scenario import Scenario
-from peerturb_sim.toy import ToyCompute, base_digest
 from peerturb_sim.world import Chaos, World
 
 LOG_NAME = "run.log"
@@ -36,19 +35,6 @@ class Progress:
     running: int
 
 
-def run_spec(scenario: Scenario, seed: int) -> RunSpec:
-    """Return the RunSpec of a scenario's run: record 0 of its log."""
-    return RunSpec(
-        name=scenario.name,
-        seed=seed,
-        model=ModelSpec(name=f"toy {scenario.compute.objective}", digest=base_digest(seed).hex()),
-        perturbation=scenario.perturbation,
-        step=scenario.step,
-        round=scenario.round,
-        objective=ObjectiveSpec(eval_every=scenario.eval_every),
-    )
-
-
 def build(scenario: Scenario, *, folder: Path, out: Path, chaos: Chaos | None = None) -> World:
     """Make a scenario's world; nothing has happened in it.
 
@@ -59,15 +45,14 @@ def build(scenario: Scenario, *, folder: Path, out: Path, chaos: Chaos | None = 
         chaos: faults per event, beside the scenario's.
 
     Raises:
-        SpecError: a trace cannot be used.
+        PeerturbError: a trace, a model, data or a cluster cannot be used.
     """
-    seed = scenario.seed
-    spec = run_spec(scenario, seed)
+    spec, compute = compute_of(scenario, folder=folder)
     world = World(
         spec,
-        ToyCompute(scenario.compute, spec, seed=seed),
+        compute,
         out / LOG_NAME,
-        seed=seed,
+        seed=scenario.seed,
         coordinator=scenario.coordinator,
         chaos=chaos,
         holds_membership=scenario.total_peers >= CROWD,
@@ -82,7 +67,7 @@ def simulate(
     """Let a scenario happen; write its log into `out` and return its result.
 
     Raises:
-        SpecError: a trace cannot be used.
+        PeerturbError: a trace, a model, data or a cluster cannot be used.
     """
     world = build(scenario, folder=folder, out=out)
     broken: list[BrokenRow] = []
@@ -91,6 +76,8 @@ def simulate(
             run_to_end(world, until_s=scenario.until_s, progress=progress)
         except BrokenInvariantError as error:
             broken.append(BrokenRow(at_s=world.events.elapsed_s, name=error.name, text=error.text))
+        finally:
+            world.compute.close()
     return gather(world, scenario, broken)
 
 

@@ -15,11 +15,12 @@ from typing import get_args
 
 from peerturb.spec import RoundSpec, StepSpec
 from peerturb_sim.checks import BrokenInvariantError
+from peerturb_sim.compute import Compute
 from peerturb_sim.events import stream
+from peerturb_sim.fidelity import compute_of
 from peerturb_sim.peer import Peer
 from peerturb_sim.scenario import FaultSpec, GroupSpec, Lie, LifeSpec, LineSpec, Scenario, ToySpec
 from peerturb_sim.simulation import build
-from peerturb_sim.toy import ToyCompute
 from peerturb_sim.world import Chaos, World
 
 SAFETY_S = 60.0
@@ -143,7 +144,7 @@ def run_seed(seed: int, out: Path) -> Outcome:
     try:
         world.run(until_s=SAFETY_S)
         heal(world)
-        must_end(world, ToyCompute(scenario.compute, world.spec, seed=seed))
+        must_end(world, compute_of(scenario, folder=out)[1])
     except BrokenInvariantError as error:
         broken = Broken(seed=seed, name=error.name, text=error.text, at_s=world.events.elapsed_s)
     except Exception:
@@ -174,7 +175,7 @@ def heal(world: World) -> None:
             peer.start()
 
 
-def must_end(world: World, compute: ToyCompute) -> None:
+def must_end(world: World, compute: Compute) -> None:
     """Require that the run ends, and that honest peers end it with the weights of the log.
 
     Args:

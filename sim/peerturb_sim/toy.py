@@ -131,6 +131,9 @@ class ToyCompute:
         """Evaluate without noise, or on the held-out half."""
         return self._objective.evaluate(weights.values.astype(np.float64))
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def _measure_all(self, requests: Sequence[Request]) -> None:
         first = requests[0]
         counts = [request.count for request in requests]

@@ -1,0 +1,86 @@
+"""`torch` fidelity: a real model in this process. `peerturb_sim.ray_compute` adds workers to it."""
+
+from peerturb.manifest import manifest_digest
+from peerturb.protocol.records import RoundSealed
+from peerturb.spec import RunSpec
+from peerturb.zo.digest import run_digest, short_digest
+from peerturb_sim.compute import Evaluation, Measurement, Request
+from peerturb_sim.real import RealModel
+from peerturb_sim.scenario import RealSpec
+from peerturb_sim.states import State, States, Step
+
+
+class TorchCompute:
+    """Implements `Compute`."""
+
+    def __init__(self, section: RealSpec, spec: RunSpec) -> None:
+        self._model = RealModel(section, spec)
+        digest = run_digest(self._model.manifest, self._model.weights)
+        self.base_digest = bytes.fromhex(spec.model.digest)
+        self.manifest_digest = manifest_digest(self._model.manifest)
+        self._base = State(States.BASE, 0, short_digest(digest))
+        self._count = States.BASE
+
+    @property
+    def base(self) -> State:
+        """Weights before round 0."""
+        return self._base
+
+    def apply(self, weights: State, sealed: RoundSealed) -> State:
+        """Return the weights after a round. What is expected on those before is measured first, while they are here."""
+        for known, after in weights.after:
+            if known is sealed or known == sealed:
+                return after
+        self.leave(weights)
+        after = self._follow(weights, sealed, weights.rounds + 1)
+        weights.after.append((sealed, after))
+        return after
+
+    def corrupt(self, weights: State) -> State:
+        """Return the weights with the lowest bit of the first one flipped."""
+        return self._follow(weights, None, weights.rounds)
+
+    def expect(self, request: Request) -> None:
+        """Note what to compute before the weights move on."""
+        request.weights.expected.append(request)
+
+    def forget(self, request: Request) -> None:
+        """Compute a request no more."""
+        if request in request.weights.expected:
+            request.weights.expected.remove(request)
+
+    def measure(self, request: Request) -> Measurement:
+        """Return the codes and the mean loss."""
+        self.forget(request)
+        if request.answer is None:
+            request.answer = self._measured(request)
+        return request.answer
+
+    def evaluate(self, weights: State) -> Evaluation:
+        """Evaluate on the held-out file."""
+        return self._model.evaluate(weights.number)
+
+    def close(self) -> None:
+        """Nothing is held beyond memory."""
+
+    def leave(self, weights: State) -> None:
+        """Get ready for the weights to move on."""
+        for request in weights.expected:
+            request.answer = self._measured(request)
+        weights.expected.clear()
+
+    def announce(self, step: Step) -> None:
+        """Hear of a new state."""
+        self._model.add(step)
+
+    def _measured(self, request: Request) -> Measurement:
+        return self._model.measure(
+            request.weights.number, slot=request.slot, round=request.round, scale=request.scale, count=request.count
+        )
+
+    def _follow(self, weights: State, sealed: RoundSealed | None, rounds: int) -> State:
+        self._count += 1
+        self.announce(Step(number=self._count, parent=weights.number, sealed=sealed))
+        self._model.go(self._count)
+        digest = run_digest(self._model.manifest, self._model.weights)
+        return State(self._count, rounds, short_digest(digest))
