@@ -3,7 +3,7 @@
 The reason's code is a metric label; its sentence goes to logs, status and tests.
 """
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from enum import Enum
 
@@ -27,13 +27,25 @@ class SealReason(Enum):
     """Waits: nobody is connected."""
 
 
+_SEALS = (SealReason.EVERYONE, SealReason.DEADLINE)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealDecision:
     """Whether to seal, and why."""
 
     is_seal: bool
     reason: SealReason
-    text: str
+    _say: Callable[[], str]
+
+    @property
+    def text(self) -> str:
+        """The reason as a sentence, of the sets as they are now.
+
+        Made when asked for: with a thousand peers it costs many times what the decision does, and that is taken after
+        every message.
+        """
+        return self._say()
 
 
 def seal_decision(
@@ -49,24 +61,33 @@ def seal_decision(
         due_in_ms: time left until the deadline, not positive once it has passed; None while its clock stands.
     """
     assert min_peers >= 1
-    have = _count(len(contributed), "contribution")
-    missing = awaited - contributed
+    is_complete = contributed >= awaited
     is_due = due_in_ms is not None and due_in_ms <= 0
+
+    def decide(reason: SealReason, say: Callable[[str], str]) -> SealDecision:
+        def text() -> str:
+            return say(_count(len(contributed), "contribution"))
+
+        return SealDecision(is_seal=reason in _SEALS, reason=reason, _say=text)
+
     if len(contributed) >= min_peers:
-        if not missing:
-            return SealDecision(is_seal=True, reason=SealReason.EVERYONE, text=f"have {have}, nobody else is awaited")
+        if is_complete:
+            return decide(SealReason.EVERYONE, lambda have: f"have {have}, nobody else is awaited")
         if is_due:
-            text = f"deadline passed with {have}; without {_slots(missing)}"
-            return SealDecision(is_seal=True, reason=SealReason.DEADLINE, text=text)
+            missing = awaited - contributed
+            return decide(SealReason.DEADLINE, lambda have: f"deadline passed with {have}; without {_slots(missing)}")
     elif not connected:
-        text = f"no peer is connected; have {have}, need min_peers {min_peers}"
-        return SealDecision(is_seal=False, reason=SealReason.NO_PEERS, text=text)
-    elif is_due or not (missing or connected - contributed):
-        text = f"have {have}, need min_peers {min_peers}"
-        return SealDecision(is_seal=False, reason=SealReason.TOO_FEW, text=text)
-    when = "no deadline yet" if due_in_ms is None else f"deadline in {due_in_ms} ms"
-    text = f"have {have}, awaiting {_slots(missing or connected - contributed)} ({when})"
-    return SealDecision(is_seal=False, reason=SealReason.AWAITING, text=text)
+        return decide(
+            SealReason.NO_PEERS, lambda have: f"no peer is connected; have {have}, need min_peers {min_peers}"
+        )
+    elif is_due or (is_complete and contributed >= connected):
+        return decide(SealReason.TOO_FEW, lambda have: f"have {have}, need min_peers {min_peers}")
+
+    def awaiting(have: str) -> str:
+        when = "no deadline yet" if due_in_ms is None else f"deadline in {due_in_ms} ms"
+        return f"have {have}, awaiting {_slots((awaited - contributed) or (connected - contributed))} ({when})"
+
+    return decide(SealReason.AWAITING, awaiting)
 
 
 def _count(number: int, noun: str) -> str:

@@ -20,7 +20,8 @@ RESULT_NAME = "result.json"
 CROWD = 200
 """Peers from which joins and leaves wait for the next round's records."""
 FAREWELL_S = 10.0
-"""Time after the end of the run in which peers hear of it."""
+"""Time after the end of the run in which those who take part hear of it. Who still knocks goes home."""
+FAREWELL_STEP_S = 0.05
 STEP_S = 1.0
 """Virtual time between two looks at the progress."""
 
@@ -109,8 +110,17 @@ def run_to_end(world: World, *, until_s: float, progress: Callable[[Progress], N
                 running=world.running,
             )
         )
+    until_s = min(until_s, world.events.elapsed_s + FAREWELL_S)
+    taking_part = {line.peer.index: line.peer for line in world.coordinator.lines.values() if line.is_welcome}
     if world.is_finished:
-        world.run(until_s=min(until_s, world.events.elapsed_s + FAREWELL_S), done=lambda: not world.running)
+        world.is_calm = True
+        for peer in world.peers:
+            if peer.index not in taking_part:
+                peer.leave()
+    while (
+        world.is_finished and world.events.elapsed_s < until_s and any(peer.is_running for peer in taking_part.values())
+    ):
+        world.run(until_s=min(until_s, world.events.elapsed_s + FAREWELL_STEP_S))
     world.checks.ended(world.coordinator.disk.path)
 
 

@@ -38,7 +38,7 @@ def test_every_pin_is_one_plain_version() -> None:
 
 def test_pins_lie_in_the_ranges() -> None:
     pins = {_normal(name): pin for name, pin in PINS.items()}
-    # ray is no part of the test environment: the simulator is not in this release.
+    # ray is no part of the test environment.
     checked = [requirement for requirement in _requirements() if requirement.name != "ray"]
     for requirement in checked:
         assert requirement.specifier.contains(pins[_normal(requirement.name)], prereleases=False), str(requirement)
@@ -98,6 +98,7 @@ def _third_party(folder: Path) -> set[str]:
         ("coordinator/peerturb_coordinator", []),
         ("peerturb", ["node", "fast", "adapters", "quantised"]),
         ("node/peerturb_node", ["node"]),
+        ("sim/peerturb_sim", []),
         ("benchmarks/peerturb_bench", ["node", "bench"]),
     ],
 )
