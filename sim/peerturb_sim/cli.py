@@ -39,3 +39,4 @@ def swarm(
 
 
 app.command()(tools.compare)
+app.command()(tools.plan)

@@ -1,4 +1,4 @@
-"""The commands of `peerturb sim` that simulate nothing: compare two logs. They turn words into calls."""
+"""The commands of `peerturb sim` that simulate nothing: compare logs, plan a run. They turn words into calls."""
 
 import json
 from pathlib import Path
@@ -27,3 +27,67 @@ def compare(
         for line in lines(found, (str(first), str(second))):
             typer.echo(line)
     raise typer.Exit(found.exit_code)
+
+
+def plan(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.toml]", help="The run's rules; flags stand above them.")
+    ] = None,
+    cards: Annotated[
+        str, typer.Option(metavar="COUNT:CARD,...", help="Peers, such as 3:rtx4090,10:laptop-cpu; `this` is measured.")
+    ] = "",
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the base model.")] = None,
+    parameters: Annotated[
+        float | None, typer.Option(metavar="N", help="Size of the model instead, such as 7e9.")
+    ] = None,
+    trained: Annotated[
+        float | None, typer.Option(metavar="N", help="Parameters that are trained (of an adapter).")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="float32|bfloat16", help="Type of the weights.", show_default="the run's")
+    ] = None,
+    compute_dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Type of the losses.", show_default="the weights'")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of an example.", show_default="the run's longest")] = None,
+    examples: Annotated[int | None, typer.Option(help="Examples of a probe.", show_default="the run's")] = None,
+    probes: Annotated[int | None, typer.Option(help="Probes of a contribution.", show_default="the run's")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds to do.", show_default="the run's")] = None,
+    line: Annotated[
+        str, typer.Option(metavar="NAME|DOWN/UP", help="Of each peer: home, fibre, mobile, ... or Mbit/s.")
+    ] = "home",
+    coordinator_line: Annotated[str, typer.Option(metavar="NAME|DOWN/UP", help="Of the coordinator.")] = "fibre",
+    latency: Annotated[
+        float | None, typer.Option(min=0, metavar="MS", help="One way, of each peer.", show_default="the line's")
+    ] = None,
+    efficiency: Annotated[
+        float | None, typer.Option(metavar="PART", help="Part of their peak that the table's cards reach, 0 to 1.")
+    ] = None,
+    watts: Annotated[float | None, typer.Option(min=0, help="Of the card `this`.")] = None,
+    table: Annotated[Path | None, typer.Option(metavar="CARDS.toml", help="Cards of your own.")] = None,
+    device: Annotated[str, typer.Option(help="Of the card `this`: cpu, cuda, cuda:N or auto.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of `this`; 0: torch decides.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a run would take: round time, bytes, energy and the bottleneck, with every sum written out."""
+    from peerturb_sim.cards import known_cards, parse_cards, read_cards
+    from peerturb_sim.jobs import job_of
+    from peerturb_sim.plan import plan as work_out
+    from peerturb_sim.planned import lines
+    from peerturb_sim.planning import groups_of, line_of
+
+    known = known_cards() if table is None else read_cards(table)
+    chosen = parse_cards(cards, known) if cards else {}
+    job = job_of(
+        run, model=model, parameters=parameters, trained=trained, dtype=dtype, compute_dtype=compute_dtype,
+        tokens=tokens, examples=examples, probes=probes, rounds=rounds,
+    )  # fmt: skip
+    own_line = line_of(line, latency, flag="--line")
+    far_line = line_of(coordinator_line, None, flag="--coordinator-line")
+    groups = groups_of(job, chosen, known, efficiency=efficiency, watts=watts, device=device, threads=threads)
+    found = work_out(job, groups, line=own_line, coordinator_line=far_line)
+    if as_json:
+        typer.echo(json.dumps(found.document(), indent=2))
+        return
+    for text in lines(found):
+        typer.echo(text)
