@@ -40,3 +40,4 @@ def swarm(
 
 app.command()(tools.compare)
 app.command()(tools.plan)
+app.command()(tools.report)

@@ -1,4 +1,5 @@
-"""The commands of `peerturb sim` that simulate nothing: compare logs, plan a run. They turn words into calls."""
+"""The commands of `peerturb sim` that simulate nothing: compare logs, plan a run, make a report. They turn words into
+calls."""
 
 import json
 from pathlib import Path
@@ -10,7 +11,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A .runlog file, or a coordinator's data folder.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="A log file, or a coordinator's, node's or simulation's folder.")
+    ],
     second: Annotated[Path, typer.Argument(metavar="B", help="The same.")],
     as_json: JsonOption = False,
 ) -> None:
@@ -91,3 +94,22 @@ def plan(
         return
     for text in lines(found):
         typer.echo(text)
+
+
+def report(
+    result: Annotated[
+        Path, typer.Argument(metavar="RESULT.json", help="What `peerturb sim run` wrote, or its folder.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="The page.", show_default="report.html beside the result")
+    ] = None,
+) -> None:
+    """Make the report of a simulated run: one HTML file with curves, faults and what each peer gave."""
+    from peerturb_sim.report import write_report
+    from peerturb_sim.result import Result
+
+    path = result / "result.json" if result.is_dir() else result
+    found = Result.read(path)
+    page = out or path.with_name("report.html")
+    write_report(page, found)
+    typer.echo(f"report written to {page}")
