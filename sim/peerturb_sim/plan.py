@@ -127,6 +127,10 @@ class Plan:
             "down_s": share.down.seconds, "update_s": share.updating.seconds, "waiting_s": share.waiting_s,
             "up_bytes_per_round": self.up_bytes[share.name], "up_bytes_per_hour": up, "down_bytes_per_hour": down,
             "energy_wh_per_round": share.watt_hours,
+            "sums": {
+                "memory": share.memory.sum, "probing": share.probing.sum, "up": share.up.sum, "down": share.down.sum,
+                "update": share.updating.sum,
+            },
         }  # fmt: skip
 
 

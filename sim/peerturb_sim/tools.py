@@ -34,7 +34,7 @@ def compare(
 
 def plan(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN.toml]", help="The run's rules; flags stand above them.")
+        Path | None, typer.Argument(metavar="RUN.toml", help="The run's rules; flags stand above them.")
     ] = None,
     cards: Annotated[
         str, typer.Option(metavar="COUNT:CARD,...", help="Peers, such as 3:rtx4090,10:laptop-cpu; `this` is measured.")

@@ -243,6 +243,7 @@ def test_this_machine_is_measured_by_the_engine(shared: Path, capsys: pytest.Cap
     document = json.loads(capsys.readouterr().out)
     assert document["energy_wh"] > 0
     assert document["cards"][0]["probing_s"] > 0
+    assert "measured" in document["cards"][0]["sums"]["probing"]
     assert document["cards"][0]["update_s"] > 0
 
 
