@@ -68,7 +68,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "sim": Command(
         target="peerturb_sim.cli:app",
-        summary="Simulate a network of thousands of peers from one seed (run).",
+        summary="Simulate thousands of peers from one seed (run), report, compare logs, plan a run.",
     ),
     "bench": Command(
         target="peerturb_bench.cli:app",

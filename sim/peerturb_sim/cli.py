@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from peerturb_sim import tools
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Simulate a network of peers: the same run, bit for bit."
 )
@@ -34,3 +36,8 @@ def swarm(
     from peerturb_sim.running import run_seeds
 
     run_seeds(first=first, seeds=seeds, seconds=seconds, as_json=as_json)
+
+
+app.command()(tools.compare)
+app.command()(tools.plan)
+app.command()(tools.report)

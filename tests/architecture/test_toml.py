@@ -1,4 +1,4 @@
-"""Every TOML file we ship is valid: a RunSpec, a node's or a coordinator's settings, a scenario."""
+"""Every TOML file we ship is valid: a RunSpec, a node's or a coordinator's settings, a scenario, a table of cards."""
 
 from pathlib import Path
 
@@ -13,12 +13,16 @@ FILES = [path for folder in FOLDERS for path in sorted((REPOSITORY / folder).rgl
 
 
 def _parse(path: Path) -> None:
-    """A file whose name starts with node or coordinator holds settings, one among scenarios a scenario, every other one
-    a RunSpec."""
+    """A file whose name starts with node or coordinator holds settings, one among scenarios a scenario, `cards.toml`
+    cards, every other one a RunSpec."""
     if path.parent.name == "scenarios":
         from peerturb_sim.scenario import Scenario
 
         Scenario.load(path)
+    elif path.name == "cards.toml":
+        from peerturb_sim.cards import read_cards
+
+        read_cards(path)
     elif path.stem.startswith("node"):
         from peerturb_node.settings import NodeSettings
 
