@@ -44,7 +44,8 @@ class Machine(Protocol):
 def memory(job: Job) -> Work:
     """Return the bytes that a node needs, as `peerturb doctor` estimates them (in `seconds`' place)."""
     model = job.model
-    needed = memory_needed(job.weight_bytes, model.vocabulary, model.width)
+    tokens = job.spec.perturbation.side_count * job.tokens
+    needed = memory_needed(job.weight_bytes, model.vocabulary, model.width, tokens=tokens)
     rest = needed - job.weight_bytes
     what = "program, update and activations" if model.width else "program and update, activations not known"
     return Work(seconds=needed, sum=f"{amounts.size(job.weight_bytes)} weights + {amounts.size(rest)} {what}")

@@ -98,7 +98,7 @@ def _third_party(folder: Path) -> set[str]:
         ("coordinator/peerturb_coordinator", []),
         ("peerturb", ["node", "fast", "adapters", "quantised"]),
         ("node/peerturb_node", ["node"]),
-        ("sim/peerturb_sim", []),
+        ("sim/peerturb_sim", ["node", "sim"]),
         ("benchmarks/peerturb_bench", ["node", "bench"]),
     ],
 )
