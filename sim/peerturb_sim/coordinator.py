@@ -10,6 +10,7 @@ from peerturb.protocol.coordinator import CoordinatorMachine
 from peerturb.protocol.driver import Persist, drive
 from peerturb.protocol.messages import Challenge, Disconnected, FromPeer, Hello, Proof, Refusal
 from peerturb.protocol.outputs import CoordinatorOutput, Notice, Reject, Send, SessionId
+from peerturb.protocol.records import RoundSealed
 from peerturb.protocol.sealing import SealReason
 from peerturb.wire.errors import WireError
 from peerturb.wire.messages import encode_to_peer, parse_from_peer
@@ -40,6 +41,8 @@ class Coordinator:
         self.notices: list[str] = []
         self.seals: dict[SealReason, int] = dict.fromkeys(SealReason, 0)
         self.crashes = 0
+        self._counted = dict.fromkeys(SealReason, 0)
+        """Of `seals`, those by the process that runs now."""
         self._incarnation = 0
         self._timer_ms = -1
         self._fresh: list[Line] = []
@@ -56,6 +59,7 @@ class Coordinator:
             return
         self._incarnation += 1
         self._timer_ms = -1
+        self._counted = dict.fromkeys(SealReason, 0)
         records = self.disk.recover()
         self.world.checks.restarted(records)
         decoder = RecordDecoder()
@@ -138,7 +142,6 @@ class Coordinator:
     def _perform(self, outputs: Sequence[CoordinatorOutput]) -> None:
         machine = self.machine
         assert machine is not None
-        seals = dict(machine.counters.seals)
         try:
             for effect in drive(machine, outputs, self.world.now_ms):
                 self._do(effect)
@@ -147,8 +150,6 @@ class Coordinator:
         except TornWriteError:
             self.crash()
             return
-        for reason, count in machine.counters.seals.items():
-            self.seals[reason] += count - seals[reason]
         self._announce()
         self._arm()
 
@@ -178,6 +179,8 @@ class Coordinator:
         """Tell the world of new records and feed every session that lacks some."""
         first = len(self.log.records)
         new = self.log.announce()
+        if any(isinstance(record, RoundSealed) for record in new):
+            self._count_seals()
         for position, record in enumerate(new, first):
             self.world.announced(record, position)
         if new:
@@ -191,6 +194,13 @@ class Coordinator:
                 first, line.sent = line.sent, self.log.batch_end(line.sent, BATCH_BYTES)
                 self.world.feed(line, first, line.sent)
         self._fresh.clear()
+
+    def _count_seals(self) -> None:
+        """Add what this process has sealed since it was last asked."""
+        assert self.machine is not None
+        for reason, count in self.machine.counters.seals.items():
+            self.seals[reason] += count - self._counted[reason]
+            self._counted[reason] = count
 
     def _send(self, line: Line, data: bytes) -> None:
         self.world.down(line, data)

@@ -235,12 +235,15 @@ class Peer:
             return
         line.received = last
         if self._behind is None:
-            first = self._skip_membership(first, last)
-            self._take(Records(first=Position(first), records=tuple(self.world.log.records[first:last])))
+            self._take_records(first, last)
         elif last >= self._behind.head:
             rounds = SharedLedger(self.world.log, last).sealed_rounds - self.rounds
             replay_us = round(1000 * self.group.apply_ms * rounds)
             self.world.events.after(replay_us, self._caught_up, line, self._incarnation)
+
+    def _take_records(self, first: int, last: int) -> None:
+        first = self._skip_membership(first, last)
+        self._take(Records(first=Position(first), records=tuple(self.world.log.records[first:last])))
 
     def _skip_membership(self, first: int, last: int) -> int:
         """In a crowd, take in the joins and leaves at the front at once: no machine does anything about them."""
@@ -291,10 +294,12 @@ class Peer:
         if incarnation != self._incarnation or line is not self.line or self._behind is None:
             return
         welcome = self._behind
-        self._stand_at(line.received)
+        self._stand_at(welcome.head)
         assert self.machine is not None
         self._timer_ms = -1
         self._perform([*self.machine.connected(self.now_ms()), *self.machine.receive(welcome, self.now_ms())])
+        if line is self.line and line.received > welcome.head:
+            self._take_records(welcome.head, line.received)  # what came while it replayed
 
     def _stand_at(self, position: int) -> None:
         """Begin anew with so much of the log, applied; a line that stands is kept."""
