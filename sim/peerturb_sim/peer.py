@@ -5,7 +5,6 @@ that joins far behind the head downloads the log as all do, then begins as a nod
 thousands of joiners would fold record by record is folded once.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha512
@@ -25,18 +24,16 @@ from peerturb.protocol.outputs import (
     Rebuild,
     Say,
     Stop,
-    Work,
 )
 from peerturb.protocol.peer import PeerMachine
-from peerturb.protocol.results import Applied, EvaluatedResult, Measured, Rebuilt, Result
 from peerturb.wire.messages import encode_from_peer, parse_to_peer
 from peerturb.wire.records import RecordDecoder
-from peerturb_sim.compute import Request
 from peerturb_sim.events import stream
 from peerturb_sim.liars import Liar
 from peerturb_sim.log import SharedLedger
 from peerturb_sim.network import Host, Line, Traffic
 from peerturb_sim.scenario import GroupSpec
+from peerturb_sim.worker import Worker
 
 if TYPE_CHECKING:
     from peerturb_sim.world import World
@@ -72,7 +69,6 @@ class Peer:
         self.group = group
         self.name = f"{group.name}-{index}"
         self.draws = stream(world.seed, "line", index)
-        self._work_draws = stream(world.seed, "work", index)
         card = stream(world.seed, "card", index)
         low, high = group.probes_per_s
         self.probes_per_s: float = low * (high / low) ** card.random()
@@ -92,12 +88,8 @@ class Peer:
         """When a paused process goes on."""
         self._generation = 0
         self._incarnation = 0
-        self._work: deque[Work] = deque()
-        self._work_number = 0
-        self._begun_us = 0
+        self._worker = Worker(self)
         self._started_us = 0
-        self._request: Request | None = None
-        self._cancelled = -1
         self._timer_ms = -1
         self._behind: Welcome | None = None
 
@@ -153,7 +145,7 @@ class Peer:
         """Say goodbye, as after Ctrl-C."""
         if self.is_running:
             assert self.machine is not None
-            self._perform(self.machine.leave())
+            self.perform(self.machine.leave())
 
     def corrupt(self) -> None:
         """Flip a bit of the weights, as faulty memory does."""
@@ -173,13 +165,13 @@ class Peer:
         self._started_us = self.world.events.now_us
         self.world.running += 1
         self._make_machine(saved_rounds)
-        self._perform([])
+        self.perform([])
 
     def _make_machine(self, saved_rounds: int) -> None:
-        self._drop_work()
+        self._worker.drop()
         ledger = SharedLedger(self.world.log, self.kept)
         sealed = self.world.log.sealed[: ledger.sealed_rounds]
-        self.weights = self._replay(saved_rounds)
+        self.weights = self.replay(saved_rounds)
         self.machine = PeerMachine(
             self.world.spec,
             key=PeerKey(sha512(f"{self.world.seed} {self.index} {self._generation}".encode()).digest()[:32]),
@@ -197,19 +189,12 @@ class Peer:
 
     def _end_process(self) -> None:
         self._incarnation += 1
-        self._drop_work()
+        self._worker.drop()
         self.world.running -= 1
         self.tally.present_us += self.world.events.now_us - self._started_us
 
-    def _drop_work(self) -> None:
-        self._work.clear()
-        self._work_number += 1
-        self._cancelled = -1
-        if self._request is not None:
-            self.world.compute.forget(self._request)
-            self._request = None
-
-    def _replay(self, rounds: int) -> Any:
+    def replay(self, rounds: int) -> Any:
+        """Return the weights after so many rounds of the log."""
         self.is_corrupt = False
         weights = self.world.compute.base
         for sealed in self.world.log.sealed[:rounds]:
@@ -220,7 +205,7 @@ class Peer:
 
     def hear(self, line: Line, data: bytes) -> None:
         """A message other than records came down a line."""
-        if self._waits(self.hear, line, data) or line is not self.line:
+        if self.waits(self.hear, line, data) or line is not self.line:
             return
         message = parse_to_peer(data, first=Position(0), decoder=RecordDecoder())
         if isinstance(message, Challenge):
@@ -231,7 +216,7 @@ class Peer:
 
     def hear_records(self, line: Line, first: int, last: int) -> None:
         """Records came down a line."""
-        if self._waits(self.hear_records, line, first, last) or line is not self.line:
+        if self.waits(self.hear_records, line, first, last) or line is not self.line:
             return
         line.received = last
         if self._behind is None:
@@ -257,25 +242,25 @@ class Peer:
 
     def hear_end(self, line: Line) -> None:
         """A stream ended."""
-        if self._waits(self.hear_end, line) or line is not self.line:
+        if self.waits(self.hear_end, line) or line is not self.line:
             return
         self.line = None
         if self._behind is not None:
             self._stand_at(line.received)
         elif self.is_running:
             assert self.machine is not None
-            self._perform(self.machine.disconnected("the stream ended", self.now_ms()))
+            self.perform(self.machine.disconnected("the stream ended", self.now_ms()))
 
     def stands(self, line: Line) -> None:
         """A stream that was asked for stands: say Hello."""
-        if self._waits(self.stands, line) or line is not self.line or self.machine is None:
+        if self.waits(self.stands, line) or line is not self.line or self.machine is None:
             return
         outputs = self.machine.connected(self.now_ms())
         hello = self.machine.hello(self.world.log.chains[self.kept])
         line.received = hello.position
         self.tally.sessions += 1
         self._say(hello)
-        self._perform(outputs)
+        self.perform(outputs)
 
     def _take(self, message: ToPeer) -> None:
         if not self.is_running:
@@ -287,7 +272,7 @@ class Peer:
             if message.head - self.kept > FAR_RECORDS:
                 self._behind = message
                 return
-        self._perform(self.machine.receive(message, self.now_ms()))
+        self.perform(self.machine.receive(message, self.now_ms()))
 
     def _caught_up(self, line: Line, incarnation: int) -> None:
         """The log is here and replayed: go on as a node that had it and was welcomed just now."""
@@ -297,7 +282,7 @@ class Peer:
         self._stand_at(welcome.head)
         assert self.machine is not None
         self._timer_ms = -1
-        self._perform([*self.machine.connected(self.now_ms()), *self.machine.receive(welcome, self.now_ms())])
+        self.perform([*self.machine.connected(self.now_ms()), *self.machine.receive(welcome, self.now_ms())])
         if line is self.line and line.received > welcome.head:
             self._take_records(welcome.head, line.received)  # what came while it replayed
 
@@ -307,7 +292,7 @@ class Peer:
         self.kept = position
         self._make_machine(SharedLedger(self.world.log, position).sealed_rounds)
         if self.line is None:
-            self._perform([])
+            self.perform([])
         else:
             assert self.machine is not None
             self.machine.advance(self.now_ms())  # asks to connect, which it is
@@ -324,14 +309,15 @@ class Peer:
 
     # --- the machine ------------------------------------------------------------------------------------------------
 
-    def _waits(self, action: Any, *arguments: Any) -> bool:
+    def waits(self, action: Any, *arguments: Any) -> bool:
         """Put off what a paused process would do; return whether it is paused."""
         if self.world.events.now_us >= self.resumes_us:
             return False
         self.world.events.at(self.resumes_us, action, *arguments)
         return True
 
-    def _perform(self, outputs: Sequence[PeerOutput]) -> None:
+    def perform(self, outputs: Sequence[PeerOutput]) -> None:
+        """Do what the machine wants done, and wake it when it wants to be woken."""
         machine, incarnation = self.machine, self._incarnation
         assert machine is not None
         now_ms = self.now_ms()
@@ -344,10 +330,10 @@ class Peer:
             self.world.events.after(delay_us, self._tick, incarnation)
 
     def _tick(self, incarnation: int) -> None:
-        if incarnation != self._incarnation or self._behind is not None or self._waits(self._tick, incarnation):
+        if incarnation != self._incarnation or self._behind is not None or self.waits(self._tick, incarnation):
             return
         self._timer_ms = -1
-        self._perform([])
+        self.perform([])
 
     def _do(self, effect: PeerOutput | Persist) -> None:
         match effect:
@@ -356,11 +342,9 @@ class Peer:
             case Say(message=message):
                 self._say(message)
             case Measure() | Apply() | Evaluate() | Rebuild():
-                self._work.append(effect)
-                if len(self._work) == 1:
-                    self._begin()
+                self._worker.add(effect)
             case CancelMeasure(round=round_):
-                self._cancel(round_)
+                self._worker.cancel(round_)
             case Connect():
                 self.line = self.world.connect(self)
             case Disconnect():
@@ -373,78 +357,3 @@ class Peer:
                 if (line := self.line) is not None:
                     self.line = None
                     self.world.closed_by_peer(line)
-
-    # --- the worker -------------------------------------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        work = self._work[0]
-        self._work_number += 1
-        self._begun_us = self.world.events.now_us
-        self.world.events.after(self._duration_us(work), self._finish, self._work_number)
-
-    def _duration_us(self, work: Work) -> int:
-        match work:
-            case Measure(round=round_, count=count):
-                if round_ == self._cancelled:
-                    self._cancelled = -1
-                    return 0
-                assert self.machine is not None
-                assert self.machine.slot is not None
-                self._request = Request(
-                    weights=self.weights, slot=self.machine.slot, round=round_, scale=work.scale, count=count
-                )
-                self.world.compute.expect(self._request)
-                return round(count / self.probes_per_s * 1e6 * self._work_draws.uniform(0.97, 1.06))
-            case Apply():
-                return round(1000 * self.group.apply_ms)
-            case Evaluate():
-                return round(1000 * self.group.evaluate_ms)
-            case Rebuild():
-                assert self.machine is not None
-                return round(1000 * self.group.apply_ms * self.machine.ledger.sealed_rounds)
-
-    def _cancel(self, round_: int) -> None:
-        """Stop measuring, or do not begin; there is at most one measurement under way or waiting."""
-        if self._request is None:
-            self._cancelled = round_
-        else:
-            self.world.compute.forget(self._request)
-            self._request = None
-            self._work_number += 1
-            self.world.events.after(0, self._finish, self._work_number)
-
-    def _finish(self, number: int) -> None:
-        if number != self._work_number or self._waits(self._finish, number):
-            return
-        assert self.machine is not None
-        result = self._result(self._work.popleft())
-        if self._work:
-            self._begin()
-        self._perform(self.machine.completed(result, self.now_ms()))
-
-    def _result(self, work: Work) -> Result:
-        compute = self.world.compute
-        match work:
-            case Measure(round=round_, count=count):
-                request, self._request = self._request, None
-                if request is None:
-                    return Measured(round=round_, codes=b"", loss=float("nan"), elapsed_ms=0.0)
-                self.world.checks.measured_on(self, round_)
-                answer = compute.measure(request)
-                self.tally.measured += count
-                elapsed_ms = (self.world.events.now_us - self._begun_us) / 1000
-                return Measured(round=round_, codes=answer.codes, loss=answer.loss, elapsed_ms=elapsed_ms)
-            case Apply(sealed=sealed):
-                self.world.checks.applies(self, sealed)
-                self.weights = compute.apply(self.weights, sealed)
-                self.world.checks.agree(self)
-                is_last = not (self._work and isinstance(self._work[0], Apply))
-                return Applied(round=sealed.round, digest=self.weights.digest if is_last else None)
-            case Evaluate(round=round_):
-                found = compute.evaluate(self.weights)
-                return EvaluatedResult(round=round_, loss=found.loss, accuracy=found.accuracy, examples=found.examples)
-            case Rebuild():
-                assert self.machine is not None
-                self.tally.rebuilds += 1
-                self.weights = self._replay(self.machine.ledger.sealed_rounds)
-                return Rebuilt(rounds=self.rounds, digest=self.weights.digest)
