@@ -1,5 +1,6 @@
 """The simulator's shortcuts give what the long way gives: shared folds, counted bytes, measurements taken together."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,10 @@ def test_the_update_is_numerics_v1_element_by_element(ended: World) -> None:
         assert weights.values.tolist() == by_hand
 
 
+def has_rounds(world: World, rounds: int) -> bool:
+    return world.peers[0].rounds == rounds
+
+
 def test_a_joiner_that_takes_the_log_in_at_once_ends_as_one_that_takes_it_in_record_by_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,9 +110,9 @@ def test_a_joiner_that_takes_the_log_in_at_once_ends_as_one_that_takes_it_in_rec
         world = small_world(folder, spec=make_spec(rounds=60), seed=0, peers=3)
         for peer in world.peers[:2]:
             peer.start()
-        world.run(until_s=1_000, done=lambda world=world: world.peers[0].rounds == 30)
+        world.run(until_s=1_000, done=partial(has_rounds, world, 30))
         world.peers[2].start()
-        assert world.run(until_s=1_000, done=lambda world=world: all_stopped(world))
+        assert world.run(until_s=1_000, done=partial(all_stopped, world))
         check_honest_end(world)
         contributed = [record.round for record in sealed_rounds(world) if 2 in record.slots]
         assert len(contributed) > 20
