@@ -10,7 +10,6 @@ from peerturb.cli import run
 from peerturb.protocol.coordinator import CoordinatorMachine
 from peerturb.protocol.replica import Replica
 from peerturb_sim import swarm
-from peerturb_sim.coordinator import Coordinator
 from peerturb_sim.disk import Disk
 from peerturb_sim.toy import ToyCompute
 
@@ -82,14 +81,13 @@ def applies_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stops_listening(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once all is calm the coordinator's timer is dead: what waits for a deadline waits for ever."""
-    tick = Coordinator.tick
+    """From round 20 on the coordinator takes no notice of contributions."""
+    contribution = CoordinatorMachine._contribution
 
-    def deaf(self: Any, incarnation: int) -> None:
-        if not self.world.is_calm:
-            tick(self, incarnation)
+    def deaf(self: Any, session: Any, slot: Any, message: Any) -> Any:
+        return [] if message.round >= 20 else contribution(self, session, slot, message)
 
-    monkeypatch.setattr(Coordinator, "tick", deaf)
+    monkeypatch.setattr(CoordinatorMachine, "_contribution", deaf)
 
 
 @pytest.mark.parametrize(
