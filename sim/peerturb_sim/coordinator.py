@@ -45,6 +45,7 @@ class Coordinator:
         """Of `seals`, those by the process that runs now."""
         self._incarnation = 0
         self._timer_ms = -1
+        self._is_retrying = False
         self._fresh: list[Line] = []
         """Welcomed, and not yet fed all that was there then."""
 
@@ -59,6 +60,7 @@ class Coordinator:
             return
         self._incarnation += 1
         self._timer_ms = -1
+        self._is_retrying = False
         self._counted = dict.fromkeys(SealReason, 0)
         records = self.disk.recover()
         self.world.checks.restarted(records)
@@ -118,6 +120,12 @@ class Coordinator:
             self._timer_ms = -1
             self._perform([])
 
+    def _retry(self, incarnation: int) -> None:
+        """Ask the store again; one attempt is under way at a time, however many messages come meanwhile."""
+        if self.machine is not None and incarnation == self._incarnation:
+            self._is_retrying = False
+            self._perform([])
+
     def _greet(self, line: Line, hello: Hello) -> None:
         """Hold the handshake as the service does, but for the signature: a virtual peer is who it says."""
         self.lines[line.session] = line
@@ -146,7 +154,9 @@ class Coordinator:
             for effect in drive(machine, outputs, self.world.now_ms):
                 self._do(effect)
         except DiskFullError:
-            self.world.events.after(RETRY_US, self.tick, self._incarnation)
+            if not self._is_retrying:
+                self._is_retrying = True
+                self.world.events.after(RETRY_US, self._retry, self._incarnation)
         except TornWriteError:
             self.crash()
             return
