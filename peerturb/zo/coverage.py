@@ -17,6 +17,7 @@ from peerturb.manifest import Manifest, Parameter
 from peerturb.zo.kinds import end_token, kind_of, shared_tables
 from peerturb.zo.perturbation import FAMILIES, HALVES
 from peerturb.zo.perturbed import PerturbedForward
+from peerturb.zo.shortage import is_out_of_memory
 from peerturb.zo.written import Replaced
 
 if TYPE_CHECKING:
@@ -224,6 +225,8 @@ def check_trial(
     except ModelError:
         raise
     except Exception as error:  # shapes that are wrong once rows have weights of their own, and whatever follows
+        if is_out_of_memory(error):  # says nothing about the model
+            raise
         trial(torch.arange(EXAMPLES_MAX))  # if that fails too, it is not the perturbation's fault
         raise _breaker(trial, parameters, attempts[0], family, shared, sides) from error
     # Again: a tensor that the model derives once and keeps would miss the second forward.
