@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peerturb.ids import RoundNumber, Slot
 from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec
 from peerturb.zo.custom import CustomEvaluator, base_spec
+from peerturb.zo.perturbation import RankOne
 from peerturb.zo.probe import ProbeEngine
 from tests.zo_models import one_thread, written_out
 
@@ -148,3 +149,21 @@ def test_quotients_and_differences_are_followed() -> None:
         for step, found in ((EPSILON, measured.plus[sample]), (-EPSILON, measured.reference[sample])):
             moved = written_out(module, evaluator.manifest, spec, sample, step)
             assert found == pytest.approx(float(moved(items[index]).square().mean()), rel=2e-6)
+
+
+def test_memory_that_runs_out_in_the_trial_is_no_reason_to_go_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(4, 3)
+    rows = [(torch.randn(4),) for _ in range(8)]
+    spec = RunSpec(
+        name="unit", model=base_spec(module, name="m"), round=RoundSpec(probes_max=4),
+        objective=ObjectiveSpec(examples_per_probe=2),
+    )  # fmt: skip
+    evaluator = CustomEvaluator(module, spec.model, rows, loss=lambda found, _: found.square().mean(1))
+
+    def short(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(RankOne, "add_linear", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        ProbeEngine(evaluator, spec, rows)

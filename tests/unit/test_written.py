@@ -392,16 +392,3 @@ def test_texts_are_written_under_written_out_weights() -> None:
             weight = torch.sigmoid(norm.weight)
             norm.forward = lambda hidden, weight=weight: F.rms_norm(hidden, weight.shape) * weight
             assert found == float(judge(moved).losses(chosen, still).mean())
-
-
-def test_memory_that_runs_out_in_the_trial_is_no_reason_to_go_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = nn.Sequential(nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS))
-    spec = spec_for(module)
-    evaluator = CustomEvaluator(module, spec.model, items(8), loss=cross_entropy)
-
-    def short(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(FAMILIES["rank1"], "add_linear", short)
-    with pytest.raises(torch.OutOfMemoryError):
-        ProbeEngine(evaluator, spec, items())
