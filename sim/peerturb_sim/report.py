@@ -32,7 +32,7 @@ svg.plot { width: 100%; height: auto; display: block; overflow: visible; }
 h1, p, summary, .alarm { overflow-wrap: anywhere; }
 tr.sum td { font-weight: 600; }
 th { vertical-align: bottom; line-height: 1.25; }
-.figures { padding-left: 0; padding-right: 0; } .figures td { white-space: nowrap; }
+.card.figures { padding-left: 0; padding-right: 0; } .figures td { white-space: nowrap; }
 .figures th, .figures td { padding-right: 8px; } .figures th.n { white-space: normal; }
 .figures th:first-child, .figures td:first-child { position: sticky; left: 0; background: var(--card); }
 .figures th:first-child, .figures td:first-child { padding-left: 16px; }
@@ -108,8 +108,8 @@ def _tiles(result: Result) -> str:
         (amounts.seconds(result.virtual_s), "virtual time"),
         (f"{codes:,}", "codes in the log"),
         (amounts.size(result.log.bytes), f"log, {result.log.records:,} records"),
-        (f"{gave:,} of {len(result.peers):,}", "peers that gave codes"),
-        (f"{result.seals.get('deadline', 0):,} of {len(result.rounds):,}", "rounds that the deadline sealed"),
+        (f"{gave:,}", f"of {len(result.peers):,} peers gave codes"),
+        (f"{result.seals.get('deadline', 0):,}", f"of {len(result.rounds):,} rounds were sealed by the deadline"),
         (amounts.size(result.bytes_up), "sent by all peers"),
         (amounts.size(result.bytes_down), "received by all peers"),
     ]

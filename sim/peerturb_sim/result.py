@@ -72,6 +72,7 @@ class FaultRow:
     who: str
     """`coordinator`, or a peer's name; for partitions the number of peers."""
     text: str = ""
+    """What became of it; of a corruption that lasted to the end, whether the weights were still wrong then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +152,10 @@ class Result:
     """Refusals by code, those that happened."""
     bytes_up: int = 0
     bytes_down: int = 0
+    is_interrupted: bool = False
+    """Whether somebody stopped the simulation: another run of it goes further."""
+    waiting_for: str = ""
+    """What the open round waited for where the run ended before all were sealed."""
 
     def to_json(self) -> str:
         """Return the document; numbers that JSON does not have (NaN, infinities) become null."""

@@ -105,7 +105,8 @@ def test_the_page_is_whole_and_asks_nobody(text: str) -> None:
 def test_it_holds_the_figures_and_the_command(text: str) -> None:
     said = read(text).text
     for words in (
-        "storm <&>: 5 simulated peers, 6 rounds", "Seed 11", "1 of 6", "peerturb sim run storm.toml --seed 11",
+        "storm <&>: 5 simulated peers, 6 rounds", "Seed 11", "of 6 rounds were sealed by the deadline",
+        "peerturb sim run storm.toml --seed 11",
         "stale_round 4", "lie: extreme", "cdcdcdcdcdcdcdcd after 40 records", "no checker saw an invariant broken",
         "peer crash (3)", "sealed by its deadline", "held-out, as peers say",
     ):  # fmt: skip
