@@ -33,6 +33,8 @@ class Machine(Protocol):
     memory_bytes: float
     factors: tuple[Factor, ...]
     """What its answers rest on."""
+    source: str
+    """Where its own figures come from; empty where nobody says."""
 
     def probing(self, job: Job, probes: int) -> Work:
         """Return the time of a contribution of so many probes."""
@@ -61,7 +63,7 @@ class TableCard:
 
     def __init__(self, card: Card, efficiency: float | None = None) -> None:
         self._card = card
-        self.title = card.title
+        self.title, self.source = card.title, card.source
         self.watts: float | None = card.watts
         self.memory_bytes = card.memory_gib * 2.0**30
         known = GPU_EFFICIENCY if card.kind == "gpu" else CPU_EFFICIENCY
