@@ -188,8 +188,9 @@ def plan(job: Job, groups: Sequence[Group], *, line: Line, coordinator_line: Lin
 
 
 def _is_used(factor: Factor, job: Job) -> bool:
-    is_step = factor.source.startswith("a probe step")
-    return not is_step or ("half precision" in factor.source) == (job.compute_dtype != "float32")
+    """Whether a factor is of the type of the losses, or of both."""
+    other = "half precision" if job.compute_dtype == "float32" else "in float32"
+    return other not in factor.source
 
 
 def _check_memory(group: Group, needed: Work, job: Job) -> None:
