@@ -120,6 +120,14 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
         Result.from_json(text.replace('"version": 1', '"version": 99'), source="here")
     with pytest.raises(ResultError, match="not a result"):
         Result.from_json("{}", source="here")
+    for old, new, complaint in (
+        ('"void_codes"', '"viod_codes"', r"here is not a whole result: rounds\.0\.void_codes: .*; simulate again"),
+        ('"reason": "everyone"', '"reason": 3', r"rounds\.\d+\.reason: "),
+        ('"rounds": [', '"rounds": 3, "rest": [', "rounds: "),
+    ):
+        assert old in text
+        with pytest.raises(ResultError, match=complaint):
+            Result.from_json(text.replace(old, new), source="here")
 
 
 @pytest.mark.parametrize(
@@ -304,13 +312,13 @@ def test_a_run_that_does_not_go_on_though_nothing_hinders_it_is_broken(
     "hindrance",
     [
         "min_peers = 7",
-        '[[faults]]\nkind = "store_refuses"\nat_s = 2\nfor_s = 2_900\n',
-        '[[faults]]\nkind = "coordinator_crash"\nat_s = 2\nfor_s = 2_900\n',
-        '[[faults]]\nkind = "partition"\nat_s = 2\nfor_s = 2_900\n',
+        '[[faults]]\nkind = "store_refuses"\nat_s = 2\nfor_s = 1_290\n',
+        '[[faults]]\nkind = "coordinator_crash"\nat_s = 2\nfor_s = 1_290\n',
+        '[[faults]]\nkind = "partition"\nat_s = 2\nfor_s = 1_290\n',
     ],
 )
 def test_a_run_that_is_hindered_is_not_called_broken(tmp_path: Path, hindrance: str) -> None:
-    text = CALM.replace("until_s = 600", "until_s = 2_500")
+    text = CALM.replace("until_s = 600", "until_s = 1_300")
     text = text + hindrance if hindrance.startswith("[[") else text.replace("[round]", f"[round]\n{hindrance}")
     result = simulated(tmp_path, text)
     assert not result.broken
