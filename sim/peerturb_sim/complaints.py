@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from peerturb_sim.places import line_of
+from peerturb_sim.places import locate
 
 
 class MisplacedError(ValueError):
@@ -54,8 +54,9 @@ def _sentence(item: ErrorDetails, text: str, model: type[BaseModel]) -> str:
         message = "there is no such key: " + _correction(location, model)
     given: Any = item.get("input")
     shown = f" (given: {given!r:.60})" if isinstance(given, str | int | float | bool) else ""
-    line = line_of(text, location)
-    where = ".".join(map(str, location)) or "scenario"
+    found, line = locate(text, location)
+    missing = location[-1:] if found[-1:] != location[-1:] else ()
+    where = ".".join(map(str, (*found, *missing))) or "scenario"
     return f"{where}{'' if line is None else f' (line {line})'}: {message}{shown}"
 
 

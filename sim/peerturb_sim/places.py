@@ -13,8 +13,8 @@ _PART = re.compile(r"""[\w-]+|"[^"]*"|'[^']*'""")
 Path = tuple[str | int, ...]
 
 
-def line_of(text: str, path: Sequence[str | int]) -> int | None:
-    """Return the line, from 1, of what stands at a path: a key, or the header or key that it belongs to.
+def locate(text: str, path: Sequence[str | int]) -> tuple[Path, int | None]:
+    """Return as much of a path as the text has, and its line, from 1: of a key, or what it belongs to.
 
     Args:
         text: TOML that can be read.
@@ -23,12 +23,10 @@ def line_of(text: str, path: Sequence[str | int]) -> int | None:
     """
     lines = dict(_places(text))
     found: Path = ()
-    best = None
     for part in path:
         if (*found, part) in lines:
             found = (*found, part)
-            best = lines[found]
-    return best
+    return found, lines.get(found)
 
 
 def _places(text: str) -> Iterator[tuple[Path, int]]:

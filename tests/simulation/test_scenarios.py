@@ -11,6 +11,7 @@ from peerturb.errors import SpecError
 from peerturb.protocol.coordinator import CoordinatorMachine
 from peerturb.protocol.records import Record, RoundSealed
 from peerturb.runlog.verify import verify
+from peerturb_sim import liveness
 from peerturb_sim.life import read_trace
 from peerturb_sim.recorder import UNNOTICED, Recorder
 from peerturb_sim.result import Result, ResultError
@@ -312,13 +313,16 @@ def test_a_run_that_does_not_go_on_though_nothing_hinders_it_is_broken(
     "hindrance",
     [
         "min_peers = 7",
-        '[[faults]]\nkind = "store_refuses"\nat_s = 2\nfor_s = 1_290\n',
-        '[[faults]]\nkind = "coordinator_crash"\nat_s = 2\nfor_s = 1_290\n',
-        '[[faults]]\nkind = "partition"\nat_s = 2\nfor_s = 1_290\n',
+        '[[faults]]\nkind = "store_refuses"\nat_s = 2\nfor_s = 400\n',
+        '[[faults]]\nkind = "coordinator_crash"\nat_s = 2\nfor_s = 400\n',
+        '[[faults]]\nkind = "partition"\nat_s = 2\nfor_s = 400\n',
     ],
 )
-def test_a_run_that_is_hindered_is_not_called_broken(tmp_path: Path, hindrance: str) -> None:
-    text = CALM.replace("until_s = 600", "until_s = 1_300")
+def test_a_run_that_is_hindered_is_not_called_broken(
+    tmp_path: Path, hindrance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "GOES_ON_S", 100.0)
+    text = CALM.replace("until_s = 600", "until_s = 300")
     text = text + hindrance if hindrance.startswith("[[") else text.replace("[round]", f"[round]\n{hindrance}")
     result = simulated(tmp_path, text)
     assert not result.broken

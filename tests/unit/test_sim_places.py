@@ -2,7 +2,7 @@
 
 import pytest
 
-from peerturb_sim.places import line_of
+from peerturb_sim.places import locate
 
 TEXT = """name = "x" # a comment
 "quoted key" = 1
@@ -52,4 +52,9 @@ x = 2
     ],
 )
 def test_a_path_has_the_line_of_its_key_or_of_what_it_belongs_to(path: tuple[str | int, ...], line: int | None) -> None:
-    assert line_of(TEXT, path) == line
+    assert locate(TEXT, path)[1] == line
+
+
+def test_parts_that_the_text_does_not_have_are_passed_over() -> None:
+    assert locate(TEXT, ("peers", 0, "line", "LineSpec", "up_mbit"))[0] == ("peers", 0, "line")
+    assert locate(TEXT, ("round", "toy", "count", "extra"))[0] == ("round", "count")
