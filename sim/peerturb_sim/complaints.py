@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from peerturb_sim.places import locate
 
@@ -35,7 +34,7 @@ def explain(error: ValidationError, text: str, model: type[BaseModel]) -> str:
     return "; ".join(_sentence(item, text, model) for item in items if not _is_echo(item, items))
 
 
-def _is_echo(item: ErrorDetails, items: Sequence[ErrorDetails]) -> bool:
+def _is_echo(item: Any, items: Sequence[Any]) -> bool:
     """Whether another complaint says it better.
 
     pydantic calls a list empty whose every row is wrong, and a wrong table no string where a string would do too.
@@ -46,7 +45,7 @@ def _is_echo(item: ErrorDetails, items: Sequence[ErrorDetails]) -> bool:
     return item["type"] == "too_short" and any(other["loc"][: len(where)] == where for other in items if other != item)
 
 
-def _sentence(item: ErrorDetails, text: str, model: type[BaseModel]) -> str:
+def _sentence(item: Any, text: str, model: type[BaseModel]) -> str:
     cause = item.get("ctx", {}).get("error")
     location = (*item["loc"], *cause.key) if isinstance(cause, MisplacedError) else item["loc"]
     message = item["msg"].removeprefix("Value error, ")
