@@ -254,8 +254,8 @@ def test_weights_that_the_coordinator_calls_wrong_are_rebuilt_unless_the_peer_ne
     shell.machine.doubts = doubts
     shell.join(len(shell.log))
     news = Refusal(code=RejectCode.DIGEST_MISMATCH, why="your weights differ", closes=False)
-    effects = shell.perform([*shell.machine.receive(news, shell.now_ms)])
-    effects += shell.perform(
-        [*shell.machine.completed(Measured(round=RoundNumber(3), codes=b"", loss=0.0, elapsed_ms=1.0), 1)]
-    )
+    effects = shell.perform(list(shell.machine.receive(news, shell.now_ms)))
+    measured = Measured(round=RoundNumber(3), codes=b"" if doubts else b"\x01" * 4, loss=1.0, elapsed_ms=1.0)
+    effects += shell.perform(list(shell.machine.completed(measured, shell.now_ms)))
     assert any(isinstance(effect, Rebuild) for effect in effects) == doubts
+    assert any(isinstance(effect, Say) for effect in effects) != doubts, "it contributes instead"
