@@ -27,13 +27,27 @@ def compiled() -> ModuleType | None:
 @lru_cache(maxsize=1)
 def rowwise() -> ModuleType | None:
     """Return `peerturb.zo.rowwise`, or None where Numba is not installed or torch's threads cannot be used."""
-    from peerturb.zo import crew
-
-    if compiled() is None or not crew.is_usable():
+    if not _has_crew():
         return None
     from peerturb.zo import rowwise
 
     return rowwise
+
+
+@lru_cache(maxsize=1)
+def sign_crew() -> ModuleType | None:
+    """Return `peerturb.zo.sign_crew`, or None as above."""
+    if not _has_crew():
+        return None
+    from peerturb.zo import sign_crew
+
+    return sign_crew
+
+
+def _has_crew() -> bool:
+    from peerturb.zo import crew
+
+    return compiled() is not None and crew.is_usable()
 
 
 def kernels(device: torch.device) -> ModuleType | None:

@@ -84,6 +84,7 @@ class Perturbation:
         sides: int = 2,
     ) -> None:
         self.signs = signs
+        self._paged = signs if isinstance(signs, PagedFactors) else None
         self.probes = probes
         self.sides = sides
         self.groups = sides * probes
@@ -112,14 +113,17 @@ class Perturbation:
         scaled: Parameter | None,
         shifted: Parameter | None,
         epsilon: float | None = None,
+        is_centred: bool = True,
+        offset: float = 0.0,
     ) -> Tensor | None:
-        """Return x * scale + shift in one pass, or None where only torch's own operations can.
+        """Return x * (offset + scale) + shift in one pass, or None where only torch's own operations can.
 
         Args:
             x: activations, the vectors' elements in the last dimension.
-            scale, shift: plain vectors, or None: 1 and 0.
+            scale, shift: plain vectors, or None: 1 (without the offset) and 0.
             scaled, shifted: the parameter that the vector is, or None where it is not perturbed.
             epsilon: if given, x is normalised first, with this added to the variance.
+            is_centred: whether its mean is subtracted then.
         """
         rowwise = fast.rowwise()
         if rowwise is None or not rowwise.takes(x):
@@ -128,12 +132,20 @@ class Perturbation:
             return None
         y: Tensor = rowwise.affine(
             x.view(self.probes, -1, x.shape[-1]), scale, shift, sides=self.sides,
-            scale_signs=None if scaled is None else self.signs.left(scaled),
+            scale_signs=None if scaled is None else self._sign_rows(scaled, "left"),
             scale_step=0.0 if scaled is None else self.step(scaled),
-            shift_signs=None if shifted is None else self.signs.left(shifted),
-            shift_step=0.0 if shifted is None else self.step(shifted), epsilon=epsilon,
+            shift_signs=None if shifted is None else self._sign_rows(shifted, "left"),
+            shift_step=0.0 if shifted is None else self.step(shifted),
+            epsilon=epsilon, is_centred=is_centred, offset=offset,
         )  # fmt: skip
         return y.view(x.shape)
+
+    def _sign_rows(self, parameter: Parameter, side: Side) -> tuple[Tensor, int]:
+        """Return what holds one factor's signs, [probes, width], and its first column there."""
+        if self._paged is None:
+            return (self.signs.left(parameter) if side == "left" else self.signs.right(parameter)), 0
+        page, columns = self._paged.place(parameter, side)
+        return self._paged.page(page), columns.start
 
     def vector(self, parameter: Parameter) -> Tensor:
         """Return the perturbation of a vector for every row: [probes, sides, 1, elements], f32 in half precision."""
@@ -201,7 +213,6 @@ class RankOne(Perturbation):
         sides: int = 2,
     ) -> None:
         super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device, sides=sides)
-        self._paged = signs if isinstance(signs, PagedFactors) else None
         self._pages: dict[int, tuple[Tensor, Tensor] | None] = {}
 
     def noise(self, parameter: Parameter, probe: int) -> Tensor:
@@ -251,7 +262,8 @@ class RankOne(Perturbation):
         """See the base class. One pass over x, one over y."""
         rowwise = fast.rowwise()
         if rowwise is not None and rowwise.takes(x, y):
-            a, b = (self.signs.left(parameter), self.signs.right(parameter))[:: -1 if transposed else 1]
+            a, b = self._sign_rows(parameter, "left"), self._sign_rows(parameter, "right")
+            a, b = (b, a) if transposed else (a, b)
             self._add_rowwise(rowwise, x, y, a, b, self.step(parameter), bias)
             return
         left, right = SIDES[:: -1 if transposed else 1]
@@ -267,11 +279,18 @@ class RankOne(Perturbation):
             sides.baddbmm_(torch.cat([dots, torch.ones_like(dots)], 2), row)
 
     def _add_rowwise(
-        self, rowwise: ModuleType, x: Tensor, y: Tensor, a: Tensor, b: Tensor, step: float, bias: Parameter | None
+        self,
+        rowwise: ModuleType,
+        x: Tensor,
+        y: Tensor,
+        a: tuple[Tensor, int],
+        b: tuple[Tensor, int],
+        step: float,
+        bias: Parameter | None,
     ) -> None:
         rowwise.add_linear(
-            x, y, a, b, step=step, sides=self.sides,
-            bias=None if bias is None else self.signs.left(bias), bias_step=0.0 if bias is None else self.step(bias),
+            x, y, a, b, step=step, sides=self.sides, bias=None if bias is None else self._sign_rows(bias, "left"),
+            bias_step=0.0 if bias is None else self.step(bias),
         )  # fmt: skip
 
     def add_embedding(self, parameter: Parameter, ids: Tensor, y: Tensor) -> None:
@@ -281,7 +300,8 @@ class RankOne(Perturbation):
         rowwise = fast.rowwise()
         if rowwise is not None and rowwise.takes(y):
             ones = torch.ones((self.probes, 1), dtype=torch.int8)
-            self._add_rowwise(rowwise, picked, y, self.signs.right(parameter), ones, self.step(parameter), None)
+            a = self._sign_rows(parameter, "right")
+            self._add_rowwise(rowwise, picked, y, a, (ones, 0), self.step(parameter), None)
             return
         column = picked.view(self.groups, -1, 1)
         add_outer(y.view(self.groups, -1, y.shape[2]), column, self._stepped_factor(parameter, "right"))

@@ -127,7 +127,7 @@ def _sum(builder: Any, count: Any, step: Callable[[Any, int, Any], Any]) -> Any:
 def row_of(kind: str) -> Any:
     @intrinsic
     def row(context: Any, out: Any, values: Any, plain: Any, signs: Any, step: Any, count: Any) -> Any:
-        """out = values (or `plain` everywhere) + step * signs (or nothing); out f32, values of the kind, signs int8."""
+        """out = plain + values (or nothing) + step * signs (or nothing); out f32, values of the kind, signs int8."""
 
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             out, values, plain, signs, step, count = arguments
@@ -139,7 +139,8 @@ def row_of(kind: str) -> Any:
                 total = cgutils.alloca_once_value(builder, _filled(builder, plain, width))
                 builder.store(_filled(builder, plain, width), total)
                 with builder.if_then(has_values):
-                    builder.store(_load(builder, values, index, kind, width), total)
+                    value = _load(builder, values, index, kind, width)
+                    builder.store(builder.fadd(builder.load(total), value), total)
                 with builder.if_then(has_signs):
                     sign = _read(builder, builder.add(signs, index), _I8, width)
                     sign = builder.sitofp(sign, _vector(_FLOAT, width))

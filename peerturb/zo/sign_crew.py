@@ -1,0 +1,74 @@
+"""Signs by Numba on torch's own threads: for a forward, where other threads would wait for a core while torch's spin.
+
+The loop is `peerturb.zo.compiled.fill_signs`, so the bits are the same; only who runs it differs. Import it through
+`peerturb.zo.fast`. Knows addresses and counters, nothing of parameters.
+"""
+
+import struct
+from functools import lru_cache
+from typing import Any, Final
+
+import numba
+from numba import types
+from numba.extending import intrinsic
+from numba.np.unsafe.ndarray import to_fixed_tuple
+
+from peerturb.rng import I8, U64
+from peerturb.zo import crew
+from peerturb.zo.compiled import fill_signs as fill_share
+
+_TASK: Final = struct.Struct("11q")
+_NUMBERS: Final = 11
+
+_thread_number, _thread_count = crew.thread_number(), crew.thread_count()
+
+
+def _pointer_to(kind: Any) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def pointer(context: Any, address: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), code
+
+    return pointer
+
+
+@lru_cache(maxsize=1)
+def _body() -> Any:
+    """Compile one thread's share: a stretch of the columns."""
+    to_words, to_bytes = _pointer_to(types.uint64), _pointer_to(types.int8)
+
+    def share(pointer: Any) -> None:
+        task = numba.carray(pointer, _NUMBERS)
+        eights, rows, columns, blocks, streams, samples, slots, factors, scaled, round, key = to_fixed_tuple(task, 11)
+        number, count = _thread_number(), _thread_count()
+        left, right = columns * number // count, columns * (number + 1) // count
+        if left < right:
+            fill_share(
+                numba.carray(to_words(eights), (rows, 16 * columns)), 0, rows, left, right,
+                numba.carray(to_words(blocks), (columns,)), numba.carray(to_words(streams), (columns,)),
+                numba.carray(to_words(samples), (rows,)), numba.carray(to_words(slots), (rows,)),
+                numba.carray(to_bytes(factors), (rows,)), scaled, round, key,
+            )  # fmt: skip
+
+    return numba.cfunc(types.void(types.CPointer(types.int64)))(share)
+
+
+def fill_signs(
+    eights: U64, blocks: U64, streams: U64, samples: U64, slots: U64, factors: I8, scaled: int, round: int, run_key: int
+) -> None:
+    """Write the linear signs of all probes and counters; see `peerturb.zo.compiled.fill_signs`.
+
+    Args:
+        eights: int8[n, 128 * B] seen as uint64[n, 16 * B], contiguous like all others.
+        blocks, streams: uint64[B].
+        samples, slots: uint64[n].
+        factors: int8[n].
+    """
+    assert all(array.flags.c_contiguous for array in (eights, blocks, streams, samples, slots, factors))
+    task = _TASK.pack(
+        eights.ctypes.data, len(samples), len(blocks),
+        *(array.ctypes.data for array in (blocks, streams, samples, slots, factors)), scaled, round, run_key,
+    )  # fmt: skip
+    crew.run(_body().address, task)
