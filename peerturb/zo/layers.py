@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peerturb.zo.following import Following, Tracked
+from peerturb.zo.following import Following
 from peerturb.zo.operations import HANDLERS
 
 Forward = Callable[..., Any]
@@ -32,30 +32,30 @@ def known_forward(mode: Following, module: nn.Module, enclosed: Forward) -> Forw
         return enclosed
     if type(module) is nn.Linear:
         return _linear(mode, module)
-    if type(module) is nn.LayerNorm:
-        return _general(mode, module, F.layer_norm, module.normalized_shape, module.weight, module.bias, module.eps)
     if type(module) is nn.Embedding and module.max_norm is None:
         return _general(mode, module, F.embedding, module.weight)
-    norm = root_mean_square_of(module)
-    found = None if norm is None else mode.known(norm.weight)
-    return enclosed if norm is None or found is None else _norm(mode, norm, found, enclosed)
+    norm = norm_of(module)
+    return enclosed if norm is None else _normed(mode, norm, enclosed)
 
 
 def _linear(mode: Following, module: nn.Linear) -> Forward:
-    weight, bias = module.weight, module.bias
-    found, shift = mode.known(weight), mode.known(bias)
+    weight: Tensor = module.weight
+    bias: Tensor | None = module.bias
+    found, found_bias = mode.known(weight), mode.known(bias)
     general = _general(mode, module, F.linear, weight, bias)
     is_head = weight is mode.head and mode.positions is not None
     if found is None or found.parameter.kind != "matrix" or is_head:
         return general
-    parameter, added = found.parameter, None if shift is None else shift.parameter
+    parameter, added = found.parameter, None if found_bias is None else found_bias.parameter
     names = {parameter.name} if added is None else {parameter.name, added.name}
 
     def linear(input: Tensor) -> Tensor:
         if mode.is_inside or mode.known(input) is not None or input.shape[0] % mode.rows:
             result: Tensor = general(input)
             return result
-        output = F.linear(input, weight, bias)
+        # torch writes a bias into all of the output before it multiplies: here it costs next to nothing.
+        shift = bias if bias is not None and mode.perturbation.takes_shift(input, bias) else None
+        output = F.linear(input, weight, bias if shift is None else None)
         if output.dtype != input.dtype:  # under autocast: refused there
             result = general(input)
             return result
@@ -66,6 +66,7 @@ def _linear(mode: Following, module: nn.Linear) -> Forward:
             output.view(mode.probes, -1, output.shape[-1]),
             bias=added,
             transposed=False,
+            shift=shift,
         )
         return output
 
@@ -84,24 +85,31 @@ def _general(mode: Following, module: nn.Module, func: Forward, *rest: Any) -> F
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RootMeanSquare:
-    """x / sqrt(mean x^2 + epsilon) * (offset + weight)."""
+class Norm:
+    """x / sqrt(mean x^2 + epsilon) * (offset + weight) + bias, the mean of x subtracted before if it is centred."""
 
     weight: Tensor
+    bias: Tensor | None = None
     epsilon: float
-    offset: float
+    offset: float = 0.0
+    is_centred: bool = False
 
 
-def root_mean_square_of(module: nn.Module) -> RootMeanSquare | None:
-    """Return what a norm computes, found by trying; None if it is no such norm.
+def norm_of(module: nn.Module) -> Norm | None:
+    """Return what a norm over the last dimension computes; None if that is not known.
 
-    Every model brings a class of its own for this, in four to eight operations.
+    Every model brings a class of its own for the root mean square, in four to eight operations: found by trying.
     """
+    if type(module) is nn.LayerNorm:
+        weight: Tensor | None = module.weight
+        if weight is None or weight.dim() != 1:
+            return None
+        return Norm(weight=weight, bias=module.bias, epsilon=module.eps, is_centred=True)
     if module not in _tried:
         _tried[module] = _try(module)
     found = _tried[module]
     weight = getattr(module, "weight", None)
-    return None if found is None or weight is None else RootMeanSquare(weight=weight, epsilon=found[0], offset=found[1])
+    return None if found is None or weight is None else Norm(weight=weight, epsilon=found[0], offset=found[1])
 
 
 _tried: weakref.WeakKeyDictionary[nn.Module, tuple[float, float] | None] = weakref.WeakKeyDictionary()
@@ -123,13 +131,13 @@ def _try(module: nn.Module) -> tuple[float, float] | None:
     values = torch.linspace(-1, 2, 3 * len(weight), dtype=torch.float32, device=weight.device).view(3, -1)
     with torch.inference_mode():
         for offset in (0.0, 1.0):
-            norm = RootMeanSquare(weight=weight, epsilon=epsilon, offset=offset)
+            norm = Norm(weight=weight, epsilon=epsilon, offset=offset)
             if all(_is_alike(module, norm, (values * size).to(weight.dtype)) for size in (8.0, epsilon**0.5)):
                 return epsilon, offset
     return None
 
 
-def _is_alike(module: nn.Module, norm: RootMeanSquare, x: Tensor) -> bool:
+def _is_alike(module: nn.Module, norm: Norm, x: Tensor) -> bool:
     """Tell whether the module computes the norm for these rows."""
     wide = x.double()
     expected = wide * (wide.square().mean(-1, keepdim=True) + norm.epsilon).rsqrt()
@@ -142,18 +150,23 @@ def _is_alike(module: nn.Module, norm: RootMeanSquare, x: Tensor) -> bool:
     )
 
 
-def _norm(mode: Following, norm: RootMeanSquare, found: Tracked, enclosed: Forward) -> Forward:
-    parameter, names = found.parameter, {found.parameter.name}
+def _normed(mode: Following, norm: Norm, enclosed: Forward) -> Forward:
+    """Return the forward of a norm in one pass, where the activation allows one."""
+    found = mode.known(norm.weight), mode.known(norm.bias)
+    scaled, shifted = (None if one is None else one.parameter for one in found)
+    if scaled is None and shifted is None:
+        return enclosed
+    names = {parameter.name for parameter in (scaled, shifted) if parameter is not None}
 
-    def normed(hidden_states: Tensor) -> Any:
-        if mode.is_inside or mode.known(hidden_states) is not None or hidden_states.shape[0] % mode.rows:
-            return enclosed(hidden_states)
+    def normed(input: Tensor) -> Any:
+        if mode.is_inside or mode.known(input) is not None or input.shape[0] % mode.rows:
+            return enclosed(input)
         output = mode.perturbation.affine(
-            hidden_states, norm.weight, None, scaled=parameter, shifted=None,
-            epsilon=norm.epsilon, is_centred=False, offset=norm.offset,
+            input, norm.weight, norm.bias, scaled=scaled, shifted=shifted,
+            epsilon=norm.epsilon, is_centred=norm.is_centred, offset=norm.offset,
         )  # fmt: skip
         if output is None:
-            return enclosed(hidden_states)
+            return enclosed(input)
         mode.used.update(names)
         return output
 

@@ -160,14 +160,26 @@ class Perturbation:
         """Return one probe's z, written out: int8, as many elements as the parameter has, row-major."""
         raise NotImplementedError
 
+    def takes_shift(self, x: Tensor, shift: Tensor) -> bool:
+        """Tell whether `add_linear` can add this bias itself to activations like x."""
+        return False
+
     def add_linear(
-        self, parameter: Parameter, x: Tensor, y: Tensor, *, bias: Parameter | None, transposed: bool
+        self,
+        parameter: Parameter,
+        x: Tensor,
+        y: Tensor,
+        *,
+        bias: Parameter | None,
+        transposed: bool,
+        shift: Tensor | None = None,
     ) -> None:
         """Add x zT (x z where the model stores the matrix transposed) and a bias's perturbation to y, in place.
 
         Args:
             x: [probes, rest, columns]; with two sides the first half of rest is at +epsilon, the second at -epsilon.
             y: [probes, rest, rows], contiguous.
+            shift: the plain bias, where y lacks it and `takes_shift` agrees.
         """
         raise NotImplementedError
 
@@ -256,16 +268,29 @@ class RankOne(Perturbation):
             return page[1]
         return self._with_steps(self._factor(parameter, side), self.steps(parameter))
 
+    def takes_shift(self, x: Tensor, shift: Tensor) -> bool:
+        """See the base class."""
+        rowwise = fast.rowwise()
+        return rowwise is not None and rowwise.takes(x) and shift.dtype == x.dtype and shift.is_contiguous()
+
     def add_linear(
-        self, parameter: Parameter, x: Tensor, y: Tensor, *, bias: Parameter | None, transposed: bool
+        self,
+        parameter: Parameter,
+        x: Tensor,
+        y: Tensor,
+        *,
+        bias: Parameter | None,
+        transposed: bool,
+        shift: Tensor | None = None,
     ) -> None:
         """See the base class. One pass over x, one over y."""
         rowwise = fast.rowwise()
         if rowwise is not None and rowwise.takes(x, y):
             a, b = self._sign_rows(parameter, "left"), self._sign_rows(parameter, "right")
             a, b = (b, a) if transposed else (a, b)
-            self._add_rowwise(rowwise, x, y, a, b, self.step(parameter), bias)
+            self._add_rowwise(rowwise, x, y, a, b, self.step(parameter), bias, shift)
             return
+        assert shift is None
         left, right = SIDES[:: -1 if transposed else 1]
         # b as a row times xT runs several times faster on CPUs than x times b as a column.
         dots = torch.bmm(self._factor(parameter, right)[:, None, :], x.transpose(1, 2)).view(self.groups, -1, 1)
@@ -286,11 +311,12 @@ class RankOne(Perturbation):
         a: tuple[Tensor, int],
         b: tuple[Tensor, int],
         step: float,
-        bias: Parameter | None,
+        bias: Parameter | None = None,
+        shift: Tensor | None = None,
     ) -> None:
         rowwise.add_linear(
             x, y, a, b, step=step, sides=self.sides, bias=None if bias is None else self._sign_rows(bias, "left"),
-            bias_step=0.0 if bias is None else self.step(bias),
+            bias_step=0.0 if bias is None else self.step(bias), shift=shift,
         )  # fmt: skip
 
     def add_embedding(self, parameter: Parameter, ids: Tensor, y: Tensor) -> None:
@@ -301,7 +327,7 @@ class RankOne(Perturbation):
         if rowwise is not None and rowwise.takes(y):
             ones = torch.ones((self.probes, 1), dtype=torch.int8)
             a = self._sign_rows(parameter, "right")
-            self._add_rowwise(rowwise, picked, y, a, (ones, 0), self.step(parameter), None)
+            self._add_rowwise(rowwise, picked, y, a, (ones, 0), self.step(parameter))
             return
         column = picked.view(self.groups, -1, 1)
         add_outer(y.view(self.groups, -1, y.shape[2]), column, self._stepped_factor(parameter, "right"))
@@ -355,9 +381,17 @@ class Dense(Perturbation):
         return z.copy_(self.signs.dense(parameter, probe).view(z.shape))
 
     def add_linear(
-        self, parameter: Parameter, x: Tensor, y: Tensor, *, bias: Parameter | None, transposed: bool
+        self,
+        parameter: Parameter,
+        x: Tensor,
+        y: Tensor,
+        *,
+        bias: Parameter | None,
+        transposed: bool,
+        shift: Tensor | None = None,
     ) -> None:
         """See the base class."""
+        assert shift is None
         # Scaling x, not z, keeps z exact in bfloat16 and serves both sides with one matrix.
         scaled = (x.view(self.probes, self.sides, -1, x.shape[-1]) * self.steps(parameter)[:, None, None]).view(x.shape)
         for probe in range(self.probes):

@@ -18,7 +18,7 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
 from peerturb.zo import crew
-from peerturb.zo.vectors import FEATURES, SIZES, add_of, affine_of, dot_of, power_sum_of, row_of
+from peerturb.zo.vectors import FEATURES, SIZES, add_of, affine_of, dot_of, factor_kind, power_sum_of, row_of
 
 KINDS: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """Types of activations."""
@@ -44,15 +44,14 @@ def _share(tiles: int) -> tuple[int, int]:
 
 
 def _linear_of(kind: str) -> Callable[[Any], None]:
-    row, dot = row_of(kind), dot_of(kind)
+    row, sign_row, dot = row_of(kind), row_of(kind, made=factor_kind(kind)), dot_of(kind)
     add, add_shifted = add_of(kind, is_shifted=False), add_of(kind, is_shifted=True)
     size = SIZES[kind]
 
     def linear(pointer: Any) -> None:
         task = numba.carray(pointer, _ALL)
-        tiles, parts, rows, per_side, x, y, columns, out, a, a_next, b, b_next, c, c_next = to_fixed_tuple(
-            task[:14], 14
-        )
+        tiles, parts, rows, per_side, x, y, columns, out = to_fixed_tuple(task[:8], 8)
+        a, a_next, b, b_next, c, c_next, shift, _ = to_fixed_tuple(task[8:_WHOLE], 8)
         step, c_step, _, _ = to_fixed_tuple(task.view(np.float64)[_WHOLE:], 4)
         scratch = np.empty(columns + 2 * out, np.float32)
         b_row = np.int64(scratch.ctypes.data)
@@ -60,18 +59,21 @@ def _linear_of(kind: str) -> Callable[[Any], None]:
         zero, one = np.float32(0), np.float32(1)
         for tile in range(*_share(tiles)):
             probe, part = divmod(tile, parts)
-            row(b_row, 0, zero, b + probe * b_next, one, columns)
+            sign_row(b_row, 0, zero, b + probe * b_next, one, columns)
             row(a_row, 0, zero, a + probe * a_next, one, out)
-            if c:
-                row(c_row, 0, zero, c + probe * c_next, one, out)
+            last = 0.0
             for number in range(part * TILE_ROWS, min((part + 1) * TILE_ROWS, rows)):
                 sign = 1.0 if number < per_side else -1.0
+                if sign != last and (c or shift):
+                    last = sign
+                    signs = c + probe * c_next if c else 0
+                    row(c_row, shift, zero, signs, np.float32(sign * c_step), out)
                 at = probe * rows + number
                 d = dot(x + at * columns * size, b_row, columns) * np.float32(sign * step)
-                if c:
-                    add_shifted(y + at * out * size, a_row, d, c_row, np.float32(sign * c_step), out)
+                if c or shift:
+                    add_shifted(y + at * out * size, a_row, d, c_row, out)
                 else:
-                    add(y + at * out * size, a_row, d, c_row, d, out)
+                    add(y + at * out * size, a_row, d, c_row, out)
         scratch[0] = 0  # its addresses alone would not keep it until here
 
     return linear
@@ -150,9 +152,10 @@ def _signs(signs: SignRows | None) -> tuple[int, int]:
 
 
 def add_linear(
-    x: Tensor, y: Tensor, a: SignRows, b: SignRows, *, step: float, sides: int, bias: SignRows | None, bias_step: float
-) -> None:
-    """y += s * step * (x . b) * a + s * bias_step * bias, in place, s being 1 on the first side and -1 on the second.
+    x: Tensor, y: Tensor, a: SignRows, b: SignRows, *, step: float, sides: int,
+    bias: SignRows | None, bias_step: float, shift: Tensor | None = None,
+) -> None:  # fmt: skip
+    """y += s * step * (x . b) * a + s * bias_step * bias + shift, in place; s is 1 on the first side, -1 on the second.
 
     Args:
         x: [probes, rows, columns], contiguous; a probe's rows lie side by side, side after side.
@@ -160,12 +163,13 @@ def add_linear(
         a: signs [probes, out].
         b: signs [probes, columns].
         bias: signs [probes, out], or None.
+        shift: [out] of the same type, contiguous, or None.
     """
     probes, rows, columns = x.shape
     parts = -(-rows // TILE_ROWS)
     task = _TASK.pack(
         probes * parts, parts, rows, rows // sides, x.data_ptr(), y.data_ptr(), columns, y.shape[2],
-        *_signs(a), *_signs(b), *_signs(bias), 0, 0, step, bias_step, 0.0, 0.0,
+        *_signs(a), *_signs(b), *_signs(bias), 0 if shift is None else shift.data_ptr(), 0, step, bias_step, 0.0, 0.0,
     )  # fmt: skip
     crew.run(_body(_linear_of, x.dtype), task)
 

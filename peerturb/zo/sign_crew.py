@@ -36,17 +36,19 @@ def _pointer_to(kind: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _body() -> Any:
-    """Compile one thread's share: a stretch of the columns."""
+    """Compile one thread's share: a stretch of the rows, which it will read itself, or of the columns of few rows."""
     to_words, to_bytes = _pointer_to(types.uint64), _pointer_to(types.int8)
 
     def share(pointer: Any) -> None:
         task = numba.carray(pointer, _NUMBERS)
         eights, rows, columns, blocks, streams, samples, slots, factors, scaled, round, key = to_fixed_tuple(task, 11)
         number, count = _thread_number(), _thread_count()
-        left, right = columns * number // count, columns * (number + 1) // count
+        top, bottom, left, right = 0, rows, columns * number // count, columns * (number + 1) // count
+        if rows >= count:
+            top, bottom, left, right = rows * number // count, rows * (number + 1) // count, 0, columns
         if left < right:
             fill_share(
-                numba.carray(to_words(eights), (rows, 16 * columns)), 0, rows, left, right,
+                numba.carray(to_words(eights), (rows, 16 * columns)), top, bottom, left, right,
                 numba.carray(to_words(blocks), (columns,)), numba.carray(to_words(streams), (columns,)),
                 numba.carray(to_words(samples), (rows,)), numba.carray(to_words(slots), (rows,)),
                 numba.carray(to_bytes(factors), (rows,)), scaled, round, key,
