@@ -132,7 +132,7 @@ class SpanTable:
             )
 
         samples, slots, factors = fast.settled(probes.samples), fast.settled(probes.slots), fast.settled(factors)
-        crew = fast.sign_crew()
+        crew = fast.crew_loops()
         if crew is not None:
             crew.fill_signs(
                 eights, self.blocks, self.streams, samples, slots, factors, scaled, probes.round, probes.run_key

@@ -35,13 +35,13 @@ def rowwise() -> ModuleType | None:
 
 
 @lru_cache(maxsize=1)
-def sign_crew() -> ModuleType | None:
-    """Return `peerturb.zo.sign_crew`, or None as above."""
+def crew_loops() -> ModuleType | None:
+    """Return `peerturb.zo.crew_loops`, or None as above."""
     if not _has_crew():
         return None
-    from peerturb.zo import sign_crew
+    from peerturb.zo import crew_loops
 
-    return sign_crew
+    return crew_loops
 
 
 def _has_crew() -> bool:

@@ -1,7 +1,7 @@
-"""Signs by Numba on torch's own threads: for a forward, where other threads would wait for a core while torch's spin.
+"""Loops of `peerturb.zo.compiled` on torch's own threads, each thread its share: the same bits.
 
-The loop is `peerturb.zo.compiled.fill_signs`, so the bits are the same; only who runs it differs. Import it through
-`peerturb.zo.fast`. Knows addresses and counters, nothing of parameters.
+In a forward threads of our own would wait for a core while torch's spin, and a single large tensor leaves them idle.
+Import it through `peerturb.zo.fast`. Knows addresses and counters, nothing of parameters.
 """
 
 import struct
@@ -9,16 +9,22 @@ from functools import lru_cache
 from typing import Any, Final
 
 import numba
+import numpy as np
 from numba import types
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
+from numpy.typing import NDArray
 
 from peerturb.rng import I8, U64
-from peerturb.zo import crew
-from peerturb.zo.compiled import fill_signs as fill_share
+from peerturb.zo import compiled, crew
 
-_TASK: Final = struct.Struct("11q")
-_NUMBERS: Final = 11
+_SIGNS_TASK: Final = struct.Struct("11q")
+_SUBTRACT_TASK: Final = struct.Struct("3qd")
+
+SHARED_ELEMENTS: Final = 2**17
+"""Elements of a subtraction from which on it pays to share them."""
+
+_fill, _subtract = compiled.fill_signs, compiled.subtract_float32
 
 _thread_number, _thread_count = crew.thread_number(), crew.thread_count()
 
@@ -35,19 +41,19 @@ def _pointer_to(kind: Any) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _body() -> Any:
+def _signs_body() -> Any:
     """Compile one thread's share: a stretch of the rows, which it will read itself, or of the columns of few rows."""
     to_words, to_bytes = _pointer_to(types.uint64), _pointer_to(types.int8)
 
     def share(pointer: Any) -> None:
-        task = numba.carray(pointer, _NUMBERS)
+        task = numba.carray(pointer, 11)
         eights, rows, columns, blocks, streams, samples, slots, factors, scaled, round, key = to_fixed_tuple(task, 11)
         number, count = _thread_number(), _thread_count()
         top, bottom, left, right = 0, rows, columns * number // count, columns * (number + 1) // count
         if rows >= count:
             top, bottom, left, right = rows * number // count, rows * (number + 1) // count, 0, columns
         if left < right:
-            fill_share(
+            _fill(
                 numba.carray(to_words(eights), (rows, 16 * columns)), top, bottom, left, right,
                 numba.carray(to_words(blocks), (columns,)), numba.carray(to_words(streams), (columns,)),
                 numba.carray(to_words(samples), (rows,)), numba.carray(to_words(slots), (rows,)),
@@ -69,8 +75,39 @@ def fill_signs(
         factors: int8[n].
     """
     assert all(array.flags.c_contiguous for array in (eights, blocks, streams, samples, slots, factors))
-    task = _TASK.pack(
+    task = _SIGNS_TASK.pack(
         eights.ctypes.data, len(samples), len(blocks),
         *(array.ctypes.data for array in (blocks, streams, samples, slots, factors)), scaled, round, run_key,
     )  # fmt: skip
-    crew.run(_body().address, task)
+    crew.run(_signs_body().address, task)
+
+
+@lru_cache(maxsize=1)
+def _subtract_body() -> Any:
+    """Compile one thread's share: a stretch of the elements."""
+    to_floats, to_integers = _pointer_to(types.float32), _pointer_to(types.int32)
+
+    def share(pointer: Any) -> None:
+        task = numba.carray(pointer, 4)
+        weights, total, elements = to_fixed_tuple(task[:3], 3)
+        scale: Any = np.float32(task.view(np.float64)[3])
+        number, count = _thread_number(), _thread_count()
+        first, stop = elements * number // count, elements * (number + 1) // count
+        _subtract(
+            numba.carray(to_floats(weights + 4 * first), (stop - first,)),
+            numba.carray(to_integers(total + 4 * first), (stop - first,)),
+            scale,
+        )
+
+    return numba.cfunc(types.void(types.CPointer(types.int64)))(share)
+
+
+def subtract_float32(weights: NDArray[np.float32], total: NDArray[np.int32], scale: float) -> None:
+    """W - f32(scale * U), two roundings, in place; see `peerturb.zo.compiled.subtract_float32`."""
+    if len(weights) < SHARED_ELEMENTS:
+        _subtract(weights, total, scale)
+        return
+    assert weights.flags.c_contiguous
+    assert total.flags.c_contiguous
+    task = _SUBTRACT_TASK.pack(weights.ctypes.data, total.ctypes.data, len(weights), scale)
+    crew.run(_subtract_body().address, task)
