@@ -34,16 +34,16 @@ def rowwise() -> ModuleType | None:
     return rowwise
 
 
-@lru_cache(maxsize=1)
 def crew_loops() -> ModuleType | None:
-    """Return `peerturb.zo.crew_loops`, or None as above."""
-    if not _has_crew():
+    """Return `peerturb.zo.crew_loops`, or None as above, and where torch has one thread: there is nothing to share."""
+    if torch.get_num_threads() == 1 or not _has_crew():
         return None
     from peerturb.zo import crew_loops
 
     return crew_loops
 
 
+@lru_cache(maxsize=1)
 def _has_crew() -> bool:
     from peerturb.zo import crew
 

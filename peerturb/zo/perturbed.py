@@ -74,17 +74,25 @@ class PerturbedForward(TorchFunctionMode):
         """Begin to see operations."""
         if self._owners is None:
             super().__enter__()  # type: ignore[no-untyped-call]
-        for module in self._owners or ():
-            seen = self._seen(module)
-            self._replaced.append((module, module.__dict__.get("forward")))
-            # As an attribute of the object it goes before the class's method; `setattr` of a module is slow.
-            module.__dict__["forward"] = seen
+        try:
+            for module in self._owners or ():
+                seen = self._seen(module)
+                self._replaced.append((module, module.__dict__.get("forward")))
+                # As an attribute of the object it goes before the class's method; `setattr` of a module is slow.
+                module.__dict__["forward"] = seen
+        except BaseException:
+            self._restore()
+            raise
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Stop seeing them."""
         if self._owners is None:
             super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._restore()
+
+    def _restore(self) -> None:
+        """Give the modules their own forwards back."""
         while self._replaced:
             module, forward = self._replaced.pop()
             if forward is None:
