@@ -60,7 +60,11 @@ class Trace:
         self._greeted: set[SessionId] = set()
         """Sessions the machine may know."""
         if path is not None:
-            self._open(path, spec, records)
+            try:
+                self._open(path, spec, records)
+            except BaseException:
+                self.close()
+                raise
 
     # --- inputs -----------------------------------------------------------------------------------------------------
 

@@ -124,8 +124,8 @@ def decode_header(data: bytes) -> Header:
         TraceFormatError: it is not the first line of a trace of this version.
     """
     try:
-        found = json.loads(data)
-    except ValueError:
+        found = _json(data)
+    except TraceFormatError:
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise TraceFormatError(f'this is no membership trace: the first line of one says "format":"{FORMAT}"')
@@ -147,9 +147,18 @@ def decode(data: bytes) -> Any:
         TraceFormatError: it is none.
     """
     try:
-        return _LINES.validate_json(data)
+        return _LINES.validate_python(_json(data))
     except ValidationError as error:
         raise TraceFormatError(_explain(error)) from error
+
+
+def _json(data: bytes) -> Any:
+    if len(data) > LINE_BYTES_MAX:
+        raise TraceFormatError(f"a line has at most {LINE_BYTES_MAX} bytes")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise TraceFormatError("not JSON") from error
 
 
 def _explain(error: ValidationError) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peerturb.errors import PeerturbError
+from peerturb.errors import PeerturbError, SpecError
 from peerturb.spec import RunSpec
 from peerturb_coordinator.trace_format import LINE_BYTES_MAX, Refused, Start, TraceFormatError, decode, decode_header
 
@@ -48,6 +48,7 @@ class Trace:
 
         Raises:
             TraceError: it is none, or another run's.
+            SpecError: it cannot be read.
         """
         self.path = path
         self.lines = 0
@@ -121,5 +122,6 @@ class Trace:
                         return
                     yield data
         except OSError as error:
-            why = f"the trace cannot be read: {error.strerror or error}"
-            raise PeerturbError(f"{self.path}: {why}; name the file that `coordinator serve --trace` wrote") from error
+            raise SpecError(
+                f"--trace {self.path}: {error.strerror or error}; name the file that `coordinator serve --trace` wrote"
+            ) from error
