@@ -4,6 +4,8 @@ In mid-run one node leaves, another joins late, one is killed and comes back, th
 """
 
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,11 @@ class Run:
     @property
     def records(self) -> list[Record]:
         return list(read_records(self.log))
+
+    @property
+    def sealed(self) -> int:
+        """Number of sealed rounds."""
+        return sum(isinstance(record, RoundSealed) for record in self.records)
 
     @property
     def names(self) -> list[str]:
@@ -126,7 +133,7 @@ def test_it_is_reproduced_byte_for_byte(run: Run) -> None:
     assert (code, report["outcome"]) == (0, "equal"), (report, errors)
     assert (run.folder / "again" / "run.log").read_bytes() == run.log.read_bytes()
     assert report["equal_records"] == len(run.records)
-    assert report["equal_rounds"] == sum(isinstance(record, RoundSealed) for record in run.records)
+    assert report["equal_rounds"] == run.sealed
 
 
 def test_a_nodes_own_log_and_files_in_the_order_of_slots_do_as_well(run: Run) -> None:
@@ -135,6 +142,20 @@ def test_a_nodes_own_log_and_files_in_the_order_of_slots_do_as_well(run: Run) ->
     code, report, errors = run.again(*files, log=log, out="of-a-node")
     assert (code, report["outcome"]) == (0, "equal"), (report, errors)
     assert (run.folder / "of-a-node" / "run.log").read_bytes() == log.read_bytes()
+
+
+def test_the_commands_of_the_page_do_it(run: Run, repository: Path) -> None:
+    """As written there, in the folder of the run."""
+    page = (repository / "docs" / "simulator.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"## Same as reality.*?```sh\n(.*?)```", page, re.DOTALL)
+    lines = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    commands = [words[1:] for words in lines if words[1:2] in (["log"], ["sim"])]
+    assert [words[:2] for words in commands] == [["log", "export"], ["sim", "reproduce"]]
+    for words in commands:
+        ended = run.net.run(*words, timeout_s=600, folder=run.folder)
+        assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"equal: {len(run.records)} records, {run.sealed} sealed rounds\n"
+    assert (run.folder / "again" / "run.log").read_bytes() == (run.folder / "run.runlog").read_bytes()
 
 
 def test_other_data_of_one_peer_are_found_at_its_first_round(run: Run) -> None:

@@ -11,7 +11,7 @@ from peerturb.ids import PeerKey, Slot
 from peerturb.protocol.ledger import Member
 from peerturb.runlog.writer import write_log
 from peerturb.wire.records import encode_record
-from peerturb_sim.reproducing import assign
+from peerturb_sim.assigning import assign
 from tests.unit.test_sim_compare import LOG, SPEC
 
 KEYS = [PeerKey(bytes([16 * (slot + 10)]) * 32) for slot in range(4)]
