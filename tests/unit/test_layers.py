@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from peerturb.zo import fast, layers
+from peerturb.zo.families import RankOne
 from peerturb.zo.layers import Norm, norm_of
-from peerturb.zo.perturbation import RankOne
 from peerturb.zo.perturbed import PerturbedForward, owners_of
 from tests.zo_models import RandomSigns, manifest_of, small_model
 

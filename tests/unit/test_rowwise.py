@@ -14,7 +14,7 @@ from peerturb.errors import ModelError
 from peerturb.zo import crew, fast
 from peerturb.zo.coverage import check_owners
 from peerturb.zo.custom import CustomEvaluator, base_spec
-from peerturb.zo.perturbation import RankOne
+from peerturb.zo.families import RankOne
 from tests.zo_models import RandomSigns, manifest_of, small_model
 
 rowwise: Any = fast.rowwise()
