@@ -23,6 +23,7 @@ from peerturb_coordinator.events import Events
 from peerturb_coordinator.feed import Feed
 from peerturb_coordinator.session import Session
 from peerturb_coordinator.store import Entry, LogStore, StoreFault
+from peerturb_coordinator.trace import Trace
 
 _PROBLEMS = frozenset(
     {RejectCode.BAD_TOKEN, RejectCode.BAD_SIGNATURE, RejectCode.LOG_DIVERGED, RejectCode.DIGEST_MISMATCH}
@@ -39,12 +40,14 @@ class Runner:
         store: LogStore,
         events: Events,
         *,
+        trace: Trace,
         retry_s: float,
         now_s: Callable[[], float],
     ) -> None:
         """Join a machine that has folded the store's records with that store. Nothing happens before `start`.
 
         Args:
+            trace: hears of every input.
             retry_s: pause between attempts to write while the store refuses.
             now_s: a monotonic clock in seconds, the event loop's.
         """
@@ -56,6 +59,7 @@ class Runner:
         """Events of this process by name; what a metrics page will read, beside the machine's own counters."""
         self._store = store
         self._events = events
+        self._trace = trace
         self._retry_s = retry_s
         self._now_s = now_s
         self._sessions: dict[SessionId, Session] = {}
@@ -71,7 +75,9 @@ class Runner:
 
     def start(self) -> None:
         """Let the machine begin: record 0 of a new log, the open round of an old one."""
-        self._run(())
+        now_ms = self.now_ms
+        self._trace.started(now_ms, records=self._store.head)
+        self._run((), now_ms)
 
     def stop(self, why: str) -> None:
         """Tell every session to come back later; accept nothing more."""
@@ -102,7 +108,9 @@ class Runner:
     def receive(self, session: Session, message: FromPeer | Disconnected) -> None:
         """Take in a message that passed the service's checks."""
         if not self._is_stopped:
-            self._run(self.machine.receive(session.id, message, self.now_ms))
+            now_ms = self.now_ms
+            self._trace.heard(now_ms, session.id, message)
+            self._run(self.machine.receive(session.id, message, now_ms), now_ms)
 
     def refuse(self, session: Session, code: RejectCode, why: str) -> None:
         """Refuse on the service's own account, and end the session."""
@@ -114,11 +122,17 @@ class Runner:
         self._events.debug("dropped", session=session.id, code=code.name.lower(), why=why)
         session.cut(why)
 
-    def _run(self, outputs: Sequence[CoordinatorOutput]) -> None:
+    def _tick(self) -> None:
+        """The machine, or the store's next attempt, is due."""
+        now_ms = self.now_ms
+        self._trace.ticked(now_ms)
+        self._run((), now_ms)
+
+    def _run(self, outputs: Sequence[CoordinatorOutput], now_ms: int) -> None:
         """Do what the machine decides until it is content, then announce the new records at once."""
         written: list[bytes] = []
         try:
-            for effect in drive(self.machine, outputs, self.now_ms):
+            for effect in drive(self.machine, outputs, now_ms):
                 match effect:
                     case Persist(records=records):
                         written += self._persist(records)
@@ -136,7 +150,9 @@ class Runner:
                     case _:
                         assert_never(effect)
         except StoreFault as fault:
+            self._trace.refused(records=self._store.head)
             self._suspend(str(fault))
+        self._trace.settle()
         if written:
             self.feed.publish(written)
         self._arm()
@@ -150,6 +166,7 @@ class Runner:
         if self.fault and self._now_s() < self._retry_at_s:
             raise StoreFault(self.fault)
         payloads = [encode_record(record) for record in records]
+        self._trace.write()  # first: whatever is in the log then has its cause in the trace, wherever a crash comes
         self._store.append(
             [
                 Entry(kind=type(record).__name__, round=getattr(record, "round", None), payload=payload)
@@ -214,4 +231,4 @@ class Runner:
                 return
             # Never at once: a deadline that `advance` does not clear must not become a busy loop.
             at_s = max(deadline_ms / 1000, self._now_s() + 0.001)
-        self._timer = asyncio.get_running_loop().call_at(at_s, self._run, ())
+        self._timer = asyncio.get_running_loop().call_at(at_s, self._tick)

@@ -22,6 +22,7 @@ from peerturb_coordinator.runner import Runner
 from peerturb_coordinator.service import SERVICE_NAME, CoordinatorService
 from peerturb_coordinator.settings import CoordinatorSettings
 from peerturb_coordinator.store import LogStore
+from peerturb_coordinator.trace import Trace
 
 _CALLS_MAX = 256
 """Other calls at once, beside sessions and half-open handshakes."""
@@ -35,13 +36,18 @@ class Server:
 
         Raises:
             LogError: the log belongs to another RunSpec, or is damaged; the message names the record.
+            SpecError: the trace cannot be written there.
         """
         self.spec = spec
         self.store = store
         self._settings = settings
         self._events = events
         loop = asyncio.get_running_loop()
-        self.runner = Runner(recover(spec, store), store, events, retry_s=settings.retry_ms / 1000, now_s=loop.time)
+        machine = recover(spec, store)
+        self._trace = Trace(settings.trace, spec, events, records=store.head)
+        self.runner = Runner(
+            machine, store, events, trace=self._trace, retry_s=settings.retry_ms / 1000, now_s=loop.time
+        )
         gate = Gate(token=settings.token_text, spec_digest=spec.digest)
         self._service = CoordinatorService(self.runner, store, gate, settings, events)
         self._health = health.aio.HealthServicer()
@@ -116,4 +122,5 @@ class Server:
             await self._grpc.stop(self._settings.stop_grace_ms / 1000)
             self._grpc = None
         self.runner.feed.close()
+        self._trace.close()
         self.store.close()

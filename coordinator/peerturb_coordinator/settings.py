@@ -32,6 +32,8 @@ class CoordinatorSettings(BaseSettings):
     """Host name or address that peers use, for the printed join command; empty: the one of `listen`."""
     data_dir: Path = Path("peerturb-coordinator")
     """Folder of the run log. One run per folder."""
+    trace: Path | None = None
+    """File for the membership trace, with which `peerturb sim reproduce` repeats the run; None: none is written."""
     tls_dir: Path | None = None
     """Folder that `peerturb coordinator keys` filled; None: plaintext, on loopback or with `insecure` only."""
     insecure: bool = False

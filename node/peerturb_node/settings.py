@@ -129,8 +129,8 @@ class NodeSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then environment, then the TOML file that `load` names."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        """What is given alone: of the environment and of files `load` knows."""
+        return (init_settings,)
 
     def join_token(self) -> str:
         """Return the token from where the settings say.
@@ -167,6 +167,18 @@ def load(flags: Mapping[str, Any], *, config: Path | None = None) -> NodeSetting
 
     class Layered(NodeSettings):
         model_config = SettingsConfigDict(toml_file=config)
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            """Flags, then environment, then the TOML file that `load` names."""
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     try:
         return Layered(**{key: value for key, value in flags.items() if value is not None})

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from peerturb.errors import ModelError, UnfollowedError
 from peerturb.manifest import Manifest, Parameter
+from peerturb.zo.families import FAMILIES
 from peerturb.zo.kinds import end_token, kind_of, shared_tables
-from peerturb.zo.perturbation import FAMILIES, HALVES
+from peerturb.zo.perturbation import HALVES
 from peerturb.zo.perturbed import PerturbedForward
 from peerturb.zo.shortage import is_out_of_memory
 from peerturb.zo.written import Replaced

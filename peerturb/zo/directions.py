@@ -132,6 +132,12 @@ class SpanTable:
             )
 
         samples, slots, factors = fast.settled(probes.samples), fast.settled(probes.slots), fast.settled(factors)
+        crew = fast.crew_loops()
+        if crew is not None:
+            crew.fill_signs(
+                eights, self.blocks, self.streams, samples, slots, factors, scaled, probes.round, probes.run_key
+            )
+            return
         in_parallel(fill, list(rng.tiles(len(probes), len(self.blocks))))
 
     def _fill(self, out: rng.I8, probes: Probes) -> None:

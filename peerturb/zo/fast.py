@@ -27,13 +27,27 @@ def compiled() -> ModuleType | None:
 @lru_cache(maxsize=1)
 def rowwise() -> ModuleType | None:
     """Return `peerturb.zo.rowwise`, or None where Numba is not installed or torch's threads cannot be used."""
-    from peerturb.zo import crew
-
-    if compiled() is None or not crew.is_usable():
+    if not _has_crew():
         return None
     from peerturb.zo import rowwise
 
     return rowwise
+
+
+def crew_loops() -> ModuleType | None:
+    """Return `peerturb.zo.crew_loops`, or None as above, and where torch has one thread: there is nothing to share."""
+    if torch.get_num_threads() == 1 or not _has_crew():
+        return None
+    from peerturb.zo import crew_loops
+
+    return crew_loops
+
+
+@lru_cache(maxsize=1)
+def _has_crew() -> bool:
+    from peerturb.zo import crew
+
+    return compiled() is not None and crew.is_usable()
 
 
 def kernels(device: torch.device) -> ModuleType | None:

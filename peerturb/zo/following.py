@@ -37,6 +37,8 @@ class Following(Protocol):
     head: Tensor | None
     positions: Tensor | None
     shared: Collection[str]
+    used: set[str]
+    is_inside: bool
 
     @property
     def perturbation(self) -> Perturbation:
@@ -44,6 +46,9 @@ class Following(Protocol):
 
     def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tracked | None:
         """Return the first tracked argument."""
+
+    def known(self, value: Any) -> Tracked | None:
+        """Return what is known about one argument."""
 
     def track(self, value: Any) -> Tracked | None:
         """Return what is known about one argument, and note its use."""

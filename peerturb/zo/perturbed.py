@@ -9,7 +9,6 @@ unperturbed in silence; `peerturb.zo.coverage` checks besides, before training, 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -17,6 +16,7 @@ from peerturb.errors import UnfollowedError
 from peerturb.manifest import Parameter
 from peerturb.zo.experts import Routing
 from peerturb.zo.following import Tracked
+from peerturb.zo.layers import known_forward
 from peerturb.zo.operations import HANDLERS
 from peerturb.zo.perturbation import Perturbation
 from peerturb.zo.written import Written, uses
@@ -67,22 +67,32 @@ class PerturbedForward(TorchFunctionMode):
         self._tracked = {id(tensor): Tracked(parameter=entry, tensor=tensor) for entry, tensor in followed}
         self._owners = owners
         self._replaced: list[tuple[nn.Module, Any]] = []
-        self._is_inside = False
+        self.is_inside = False
+        """True inside a module whose operations are all seen."""
 
     def __enter__(self) -> Self:
         """Begin to see operations."""
         if self._owners is None:
             super().__enter__()  # type: ignore[no-untyped-call]
-        for module in self._owners or ():
-            self._replaced.append((module, module.__dict__.get("forward")))
-            # As an attribute of the object it goes before the class's method; `setattr` of a module is slow.
-            module.__dict__["forward"] = self._seen(module)
+        try:
+            for module in self._owners or ():
+                seen = self._seen(module)
+                self._replaced.append((module, module.__dict__.get("forward")))
+                # As an attribute of the object it goes before the class's method; `setattr` of a module is slow.
+                module.__dict__["forward"] = seen
+        except BaseException:
+            self._restore()
+            raise
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Stop seeing them."""
         if self._owners is None:
             super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._restore()
+
+    def _restore(self) -> None:
+        """Give the modules their own forwards back."""
         while self._replaced:
             module, forward = self._replaced.pop()
             if forward is None:
@@ -93,67 +103,25 @@ class PerturbedForward(TorchFunctionMode):
     def _seen(self, module: nn.Module) -> Callable[..., Any]:
         """Return a module's forward, its operations seen."""
         forward = module.forward
-        if type(module) is nn.Linear and "forward" not in module.__dict__:
-            return self._seen_linear(module)
 
         def enclosed(*args: Any, **kwargs: Any) -> Any:
-            if self._is_inside:
+            if self.is_inside:
                 return forward(*args, **kwargs)
-            self._is_inside = True
+            self.is_inside = True
             TorchFunctionMode.__enter__(self)
             try:
                 return forward(*args, **kwargs)
             finally:
                 TorchFunctionMode.__exit__(self, None, None, None)
-                self._is_inside = False
+                self.is_inside = False
 
-        return enclosed
+        return known_forward(self, module, enclosed)
 
     @property
     def perturbation(self) -> Perturbation:
         """What is added; handlers ask only once they have met a tracked parameter."""
         assert self._perturbation is not None
         return self._perturbation
-
-    def _seen_linear(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
-        """Return the same for a linear layer, whose only operation needs no looking for."""
-        weight, bias, forward = module.weight, module.bias, module.forward
-        found, shift = self._tracked.get(id(weight)), self._tracked.get(id(bias))
-        is_head = weight is self.head and self.positions is not None
-        if found is None or found.parameter.kind != "matrix" or is_head:
-
-            def handled(input: Tensor) -> Tensor:
-                # Inside another owner the operation is seen anyway.
-                return forward(input) if self._is_inside else self._handle_linear(input, weight, bias)
-
-            return handled
-        parameter, added = found.parameter, None if shift is None else shift.parameter
-        names = {parameter.name} if added is None else {parameter.name, added.name}
-
-        def linear(input: Tensor) -> Tensor:
-            if self._is_inside:
-                return forward(input)
-            if id(input) in self._tracked or input.shape[0] % self.rows:
-                return self._handle_linear(input, weight, bias)
-            self.used |= names
-            output = F.linear(input, weight, bias)
-            if output.dtype != input.dtype:
-                return self._handle_linear(input, weight, bias)
-            self.perturbation.add_linear(
-                parameter,
-                input.reshape(self.probes, -1, input.shape[-1]),
-                output.view(self.probes, -1, output.shape[-1]),
-                bias=added,
-                transposed=False,
-            )
-            return output
-
-        return linear
-
-    def _handle_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Correct a linear layer by the general way, which refuses what it cannot follow."""
-        output: Tensor = HANDLERS[F.linear](self, F.linear, (input, weight, bias), {})
-        return output
 
     def __torch_function__(
         self,
@@ -184,9 +152,13 @@ class PerturbedForward(TorchFunctionMode):
                         return tracked[id(item)]
         return self.find(tuple(kwargs.values()), {}) if kwargs else None
 
+    def known(self, value: Any) -> Tracked | None:
+        """Return what is known about one argument."""
+        return self._tracked.get(id(value))
+
     def track(self, value: Any) -> Tracked | None:
         """Return what is known about one argument, and note that the parameter was used."""
-        found = self._tracked.get(id(value))
+        found = self.known(value)
         if found is not None:
             self.used.add(found.parameter.name)
         return found

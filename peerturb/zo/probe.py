@@ -23,8 +23,9 @@ from peerturb.zo.coverage import SlowWarning, slowness_of
 from peerturb.zo.data import Draw
 from peerturb.zo.directions import Directions, Probes
 from peerturb.zo.factors import PagedSigns, Pages
+from peerturb.zo.families import FAMILIES
 from peerturb.zo.packing import Units, cheapest_cuts
-from peerturb.zo.perturbation import FAMILIES, Signs
+from peerturb.zo.perturbation import Signs
 from peerturb.zo.room import Room
 from peerturb.zo.written import written_losses
 

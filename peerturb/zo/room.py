@@ -3,6 +3,7 @@
 Whoever sizes batches asks `Room.rows` and does the forward by `Room.attempt`. Knows nothing of rounds or objectives.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +23,9 @@ Result = TypeVar("Result")
 SHARE = {"cpu": 0.5, "cuda": 0.8}
 """Part of the free memory that a forward is planned to need at most. On a CPU other programs live on the rest, and too
 much gets one of them killed; on CUDA it is an error that can be caught, and what is lost are fragments."""
+
+LOOK_S = 2.0
+"""How long an answer holds: to ask takes a millisecond, and small models' rounds few."""
 
 UNLIMITED = 2**62
 """Bytes where nothing sets a limit."""
@@ -46,9 +50,13 @@ class Room:
         self._is_planned = is_planned
         self._planned_bytes, self._tried_bytes = UNLIMITED, UNLIMITED
         """What may be needed by what is free, and by what has not fitted."""
+        self._looked_s = float("-inf")
 
     def look(self) -> None:
         """Ask what is free: before a round or an evaluation, so that all of it is planned alike."""
+        if time.monotonic() < self._looked_s + LOOK_S:
+            return
+        self._looked_s = time.monotonic()
         free = free_bytes(self._device) if self._is_planned else None
         if free is not None:
             self._planned_bytes = int(SHARE[self._device.type] * free) - self._fixed

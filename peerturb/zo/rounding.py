@@ -61,7 +61,7 @@ def _subtract_compiled(
         return False
     sums = total.reshape(-1).numpy()
     if target.dtype == torch.float32:
-        loops.subtract_float32(target.numpy(), sums, scale)
+        (fast.crew_loops() or loops).subtract_float32(target.numpy(), sums, scale)
     else:
         stream = rng.stream_of(parameter.index, SIDE_ROUNDING)
         bits = target.view(torch.uint16).numpy()

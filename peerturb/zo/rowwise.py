@@ -18,16 +18,17 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
 from peerturb.zo import crew
-from peerturb.zo.vectors import FEATURES, SIZES, add_of, affine_of, dot_of, power_sum_of, row_of
+from peerturb.zo.vectors import FEATURES, SIZES, add_of, affine_of, dot_of, factor_kind, power_sum_of, row_of
 
 KINDS: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """Types of activations."""
 TILE_ROWS: Final = 64
 """Rows that share one conversion of their factors to f32; few enough that every thread has several tiles."""
-_TASK: Final = struct.Struct("16q3d")
-"""What its readers unpack below: int64 numbers and addresses, two steps and an epsilon. 0: there is no such row.
+_TASK: Final = struct.Struct("16q4d")
+"""What its readers unpack below: int64 numbers and addresses, then float64 numbers. 0: there is no such row.
 `..._next`: how many bytes further the next probe's row lies."""
-_STEPS: Final = 16
+_WHOLE, _ALL = 16, 20
+"""Numbers of a task: those that are int64, and all."""
 
 _thread_number, _thread_count = crew.thread_number(), crew.thread_count()
 
@@ -43,34 +44,36 @@ def _share(tiles: int) -> tuple[int, int]:
 
 
 def _linear_of(kind: str) -> Callable[[Any], None]:
-    row, dot = row_of(kind), dot_of(kind)
+    row, sign_row, dot = row_of(kind), row_of(kind, made=factor_kind(kind)), dot_of(kind)
     add, add_shifted = add_of(kind, is_shifted=False), add_of(kind, is_shifted=True)
     size = SIZES[kind]
 
     def linear(pointer: Any) -> None:
-        task = numba.carray(pointer, _STEPS + 3)
-        tiles, parts, rows, per_side, x, y, columns, out, a, a_next, b, b_next, c, c_next = to_fixed_tuple(
-            task[:14], 14
-        )
-        step, c_step, _ = to_fixed_tuple(task.view(np.float64)[_STEPS:], 3)
+        task = numba.carray(pointer, _ALL)
+        tiles, parts, rows, per_side, x, y, columns, out = to_fixed_tuple(task[:8], 8)
+        a, a_next, b, b_next, c, c_next, shift, _ = to_fixed_tuple(task[8:_WHOLE], 8)
+        step, c_step, _, _ = to_fixed_tuple(task.view(np.float64)[_WHOLE:], 4)
         scratch = np.empty(columns + 2 * out, np.float32)
         b_row = np.int64(scratch.ctypes.data)
         a_row, c_row = b_row + 4 * columns, b_row + 4 * (columns + out)
         zero, one = np.float32(0), np.float32(1)
         for tile in range(*_share(tiles)):
             probe, part = divmod(tile, parts)
-            row(b_row, 0, zero, b + probe * b_next, one, columns)
+            sign_row(b_row, 0, zero, b + probe * b_next, one, columns)
             row(a_row, 0, zero, a + probe * a_next, one, out)
-            if c:
-                row(c_row, 0, zero, c + probe * c_next, one, out)
+            last = 0.0
             for number in range(part * TILE_ROWS, min((part + 1) * TILE_ROWS, rows)):
                 sign = 1.0 if number < per_side else -1.0
+                if sign != last and (c or shift):
+                    last = sign
+                    signs = c + probe * c_next if c else 0
+                    row(c_row, shift, zero, signs, np.float32(sign * c_step), out)
                 at = probe * rows + number
                 d = dot(x + at * columns * size, b_row, columns) * np.float32(sign * step)
-                if c:
-                    add_shifted(y + at * out * size, a_row, d, c_row, np.float32(sign * c_step), out)
+                if c or shift:
+                    add_shifted(y + at * out * size, a_row, d, c_row, out)
                 else:
-                    add(y + at * out * size, a_row, d, c_row, d, out)
+                    add(y + at * out * size, a_row, d, c_row, out)
         scratch[0] = 0  # its addresses alone would not keep it until here
 
     return linear
@@ -82,10 +85,10 @@ def _affine_rows_of(kind: str) -> Callable[[Any], None]:
     size = SIZES[kind]
 
     def affine_rows(pointer: Any) -> None:
-        task = numba.carray(pointer, _STEPS + 3)
+        task = numba.carray(pointer, _ALL)
         tiles, parts, rows, per_side, x, y, columns, is_normalised = to_fixed_tuple(task[:8], 8)
-        a, a_next, _, _, c, c_next, scale, shift = to_fixed_tuple(task[8:_STEPS], 8)
-        step, c_step, epsilon = to_fixed_tuple(task.view(np.float64)[_STEPS:], 3)
+        a, a_next, is_centred, _, c, c_next, scale, shift = to_fixed_tuple(task[8:_WHOLE], 8)
+        step, c_step, plain, epsilon = to_fixed_tuple(task.view(np.float64)[_WHOLE:], 4)
         scratch = np.empty(2 * columns, np.float32)
         a_row = np.int64(scratch.ctypes.data)
         c_row = a_row + 4 * columns
@@ -96,12 +99,14 @@ def _affine_rows_of(kind: str) -> Callable[[Any], None]:
                 sign = 1.0 if number < per_side else -1.0
                 if sign != last:
                     last = sign
-                    row(a_row, scale, np.float32(1), a + probe * a_next, np.float32(sign * step), columns)
+                    row(a_row, scale, np.float32(plain), a + probe * a_next, np.float32(sign * step), columns)
                     row(c_row, shift, np.float32(0), c + probe * c_next, np.float32(sign * c_step), columns)
                 at = (probe * rows + number) * columns * size
                 r, m = np.float32(1), np.float32(0)
                 if is_normalised:
-                    mean = total(x + at, np.float32(0), columns) / np.float32(columns)
+                    mean = np.float32(0)
+                    if is_centred:
+                        mean = total(x + at, np.float32(0), columns) / np.float32(columns)
                     variance = squares(x + at, mean, columns) / np.float32(columns)
                     r = np.float32(1 / np.sqrt(variance + epsilon))
                     m = -mean * r
@@ -122,6 +127,9 @@ def _body(make: Callable[[str], Callable[[Any], None]], dtype: torch.dtype) -> i
 _kept: list[Any] = []
 """Machine code lives as long as its object."""
 
+SignRows = tuple[Tensor, int]
+"""int8[probes, width], each row without gaps, and the first column that counts: cutting it out would take longer."""
+
 
 def takes(x: Tensor, y: Tensor | None = None) -> bool:
     """Tell whether this module can work on activations: one type that it knows, on a CPU, without gaps."""
@@ -132,57 +140,63 @@ def takes(x: Tensor, y: Tensor | None = None) -> bool:
     return x.dtype != torch.float16 or bool(FEATURES.get("f16c"))
 
 
-def _signs(signs: Tensor | None) -> tuple[int, int]:
+def _signs(signs: SignRows | None) -> tuple[int, int]:
+    """Return where the first row begins and how far the next one is."""
     if signs is None:
         return 0, 0
-    assert signs.dtype == torch.int8
-    assert signs.stride(1) == 1 or signs.shape[1] == 1
-    return signs.data_ptr(), signs.stride(0)
+    rows, first = signs
+    following, inner = rows.stride()
+    assert rows.dtype == torch.int8
+    assert inner == 1
+    return rows.data_ptr() + first, following
 
 
 def add_linear(
-    x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, step: float, sides: int, bias: Tensor | None, bias_step: float
-) -> None:
-    """y += s * step * (x . b) * a + s * bias_step * bias, in place, s being 1 on the first side and -1 on the second.
+    x: Tensor, y: Tensor, a: SignRows, b: SignRows, *, step: float, sides: int,
+    bias: SignRows | None, bias_step: float, shift: Tensor | None = None,
+) -> None:  # fmt: skip
+    """y += s * step * (x . b) * a + s * bias_step * bias + shift, in place; s is 1 on the first side, -1 on the second.
 
     Args:
         x: [probes, rows, columns], contiguous; a probe's rows lie side by side, side after side.
         y: [probes, rows, out] of the same type, contiguous.
-        a: int8[probes, out], each row without gaps.
-        b: int8[probes, columns], likewise.
-        bias: int8[probes, out], likewise, or None.
+        a: signs [probes, out].
+        b: signs [probes, columns].
+        bias: signs [probes, out], or None.
+        shift: [out] of the same type, contiguous, or None.
     """
     probes, rows, columns = x.shape
     parts = -(-rows // TILE_ROWS)
     task = _TASK.pack(
         probes * parts, parts, rows, rows // sides, x.data_ptr(), y.data_ptr(), columns, y.shape[2],
-        *_signs(a), *_signs(b), *_signs(bias), 0, 0, step, bias_step, 0.0,
+        *_signs(a), *_signs(b), *_signs(bias), 0 if shift is None else shift.data_ptr(), 0, step, bias_step, 0.0, 0.0,
     )  # fmt: skip
     crew.run(_body(_linear_of, x.dtype), task)
 
 
 def affine(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, *, sides: int,
-    scale_signs: Tensor | None, scale_step: float, shift_signs: Tensor | None, shift_step: float,
-    epsilon: float | None = None,
+    scale_signs: SignRows | None, scale_step: float, shift_signs: SignRows | None, shift_step: float,
+    epsilon: float | None = None, is_centred: bool = True, offset: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Return x * (scale + s * scale_step * scale_signs) + (shift + s * shift_step * shift_signs); s as above.
+    """Return x * (offset + scale + s * scale_step * scale_signs) + (shift + s * shift_step * shift_signs); s as above.
 
-    Each row of x is normalised before, to mean 0 and variance 1, if there is an epsilon for the variance.
+    If there is an epsilon for the variance, each row of x is normalised before: to mean 0 and variance 1, or not
+    centred to a mean square of 1.
 
     Args:
         x: [probes, rows, columns], contiguous; a probe's rows lie side by side, side after side.
-        scale, shift: [columns] of the same type, contiguous, or None: 1 and 0.
-        scale_signs, shift_signs: int8[probes, columns], each row without gaps, or None: not perturbed.
+        scale, shift: [columns] of the same type, contiguous, or None: 1 (without the offset) and 0.
+        scale_signs, shift_signs: signs [probes, columns], or None: not perturbed.
     """
     probes, rows, columns = x.shape
     parts = -(-rows // TILE_ROWS)
     y = torch.empty_like(x)
     task = _TASK.pack(
         probes * parts, parts, rows, rows // sides, x.data_ptr(), y.data_ptr(), columns, epsilon is not None,
-        *_signs(scale_signs), 0, 0, *_signs(shift_signs),
+        *_signs(scale_signs), is_centred, 0, *_signs(shift_signs),
         0 if scale is None else scale.data_ptr(), 0 if shift is None else shift.data_ptr(), scale_step, shift_step,
-        epsilon or 0.0,
+        1.0 if scale is None else offset, epsilon or 0.0,
     )  # fmt: skip
     crew.run(_body(_affine_rows_of, x.dtype), task)
     return y

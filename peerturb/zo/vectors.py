@@ -15,6 +15,9 @@ from numba.extending import intrinsic
 _WIDTH: Final = 32
 """Elements in a step of a loop: whole registers of half-precision numbers, however wide a machine's are."""
 
+_CHAINS: Final = 4
+"""Sums kept side by side: one would wait for each addition to end before the next."""
+
 SIZES: Final = {"f32": 4, "bf16": 2, "f16": 2}
 """Kinds of numbers and their bytes."""
 
@@ -104,30 +107,43 @@ def _each(builder: Any, count: Any, step: Callable[[Any, int], None]) -> None:
             step(index, width)
 
 
-def _sum(builder: Any, count: Any, step: Callable[[Any, int, Any], Any]) -> Any:
-    """Build the sum of what `step(index, width, total so far)` returns."""
-    totals = {}
-    for width in (_WIDTH, 1):
-        zero = ir.Constant(_vector(_FLOAT, width), 0.0 if width == 1 else [0.0] * width)
-        totals[width] = cgutils.alloca_once_value(builder, zero)
+def _sum(builder: Any, count: Any, step: Callable[[Any, int, Any], Any], *, lanes: int = _WIDTH) -> Any:
+    """Build the sum of what `step(index, width, total so far)` returns.
 
-    def add(index: Any, width: int) -> None:
-        builder.store(step(index, width, builder.load(totals[width])), totals[width])
+    Args:
+        lanes: of a wide step's total.
+    """
+    nothing, wide = ir.Constant(_vector(_FLOAT, lanes), [0.0] * lanes), _vector(_FLOAT, lanes)
+    totals = [cgutils.alloca_once_value(builder, nothing) for _ in range(_CHAINS)]
+    rest = cgutils.alloca_once_value(builder, ir.Constant(_FLOAT, 0.0))
 
-    _each(builder, count, add)
-    wide, rest = builder.load(totals[_WIDTH]), builder.load(totals[1])
-    kind = ir.FunctionType(_FLOAT, [_FLOAT, wide.type])
-    reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{_WIDTH}f32")
-    return builder.call(reduce, [rest, wide], fastmath=("reassoc",))
+    def add(index: Any, width: int, total: Any) -> None:
+        builder.store(step(index, width, builder.load(total)), total)
+
+    edges = [ir.Constant(_I64, 0)]
+    for width in (_CHAINS * _WIDTH, _WIDTH, 1):
+        edges.append(builder.sub(count, builder.srem(count, ir.Constant(_I64, width))))
+        with cgutils.for_range_slice(builder, *edges[-2:], ir.Constant(_I64, width), intp=_I64) as (index, _):
+            if width == 1:
+                add(index, 1, rest)
+            else:
+                for number in range(width // _WIDTH):
+                    add(builder.add(index, ir.Constant(_I64, number * _WIDTH)), _WIDTH, totals[number])
+    total = builder.load(totals[0])
+    for other in totals[1:]:
+        total = builder.fadd(total, builder.load(other))
+    kind = ir.FunctionType(_FLOAT, [_FLOAT, wide])
+    reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{lanes}f32")
+    return builder.call(reduce, [builder.load(rest), total], fastmath=("reassoc",))
 
 
 # --- what compiled code can call: addresses and counts are int64, numbers f32 ---------------------------------------
 
 
-def row_of(kind: str) -> Any:
+def row_of(kind: str, *, made: str = "f32") -> Any:
     @intrinsic
     def row(context: Any, out: Any, values: Any, plain: Any, signs: Any, step: Any, count: Any) -> Any:
-        """out = values (or `plain` everywhere) + step * signs (or nothing); out f32, values of the kind, signs int8."""
+        """out = plain + values (or nothing) + step * signs (or nothing); out `made`, values of the kind, signs int8."""
 
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             out, values, plain, signs, step, count = arguments
@@ -139,13 +155,14 @@ def row_of(kind: str) -> Any:
                 total = cgutils.alloca_once_value(builder, _filled(builder, plain, width))
                 builder.store(_filled(builder, plain, width), total)
                 with builder.if_then(has_values):
-                    builder.store(_load(builder, values, index, kind, width), total)
+                    value = _load(builder, values, index, kind, width)
+                    builder.store(builder.fadd(builder.load(total), value), total)
                 with builder.if_then(has_signs):
                     sign = _read(builder, builder.add(signs, index), _I8, width)
                     sign = builder.sitofp(sign, _vector(_FLOAT, width))
                     moved = _multiply_add(builder, sign, _filled(builder, step, width), builder.load(total))
                     builder.store(moved, total)
-                _store(builder, builder.load(total), out, index, "f32", width)
+                _store(builder, builder.load(total), out, index, made, width)
 
             _each(builder, count, write)
             return context.get_dummy_value()
@@ -156,18 +173,35 @@ def row_of(kind: str) -> Any:
     return row
 
 
+def factor_kind(kind: str) -> str:
+    """Return the kind of the row that `dot_of` of this kind takes: signs are exact in any."""
+    return "bf16" if kind == "bf16" and FEATURES.get("avx512bf16") else "f32"
+
+
 def dot_of(kind: str) -> Any:
     @intrinsic
     def dot(context: Any, x: Any, b: Any, count: Any) -> Any:
-        """Sum of x * b; x of the kind, b f32."""
+        """Sum of x * b; x of the kind, b of its `factor_kind`."""
 
         def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             x, b, count = values
 
             def step(index: Any, width: int, total: Any) -> Any:
-                left, right = _load(builder, x, index, kind, width), _load(builder, b, index, "f32", width)
+                left, right = (
+                    _load(builder, row, index, own, width) for row, own in ((x, kind), (b, factor_kind(kind)))
+                )
                 return _multiply_add(builder, left, right, total)
 
+            def step_in_pairs(index: Any, width: int, total: Any) -> Any:
+                if width == 1:
+                    return step(index, width, total)
+                pairs = [_read(builder, _address(builder, row, index, 2), _BFloat(), width) for row in (x, b)]
+                kinds = ir.FunctionType(total.type, [total.type, pairs[0].type, pairs[1].type])
+                name = f"llvm.x86.avx512bf16.dpbf16ps.{16 * width}"
+                return builder.call(cgutils.get_or_insert_function(builder.module, kinds, name), [total, *pairs])
+
+            if factor_kind(kind) == "bf16":
+                return _sum(builder, count, step_in_pairs, lanes=_WIDTH // 2)
             return _sum(builder, count, step)
 
         return types.float32(*[types.int64] * 3), code
@@ -177,25 +211,24 @@ def dot_of(kind: str) -> Any:
 
 def add_of(kind: str, *, is_shifted: bool) -> Any:
     @intrinsic
-    def add(context: Any, y: Any, a: Any, d: Any, c: Any, e: Any, count: Any) -> Any:
-        """y += d * a (+ e * c); y of the kind, a and c f32."""
+    def add(context: Any, y: Any, a: Any, d: Any, c: Any, count: Any) -> Any:
+        """y += d * a (+ c); y of the kind, a and c f32."""
 
         def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            y, a, d, c, e, count = values
+            y, a, d, c, count = values
 
             def step(index: Any, width: int) -> None:
-                value = _load(builder, y, index, kind, width)
-                for factor, row in ((d, a), (e, c)) if is_shifted else ((d, a),):
-                    value = _multiply_add(
-                        builder, _load(builder, row, index, "f32", width), _filled(builder, factor, width), value
-                    )
+                value, factor = _load(builder, y, index, kind, width), _load(builder, a, index, "f32", width)
+                if is_shifted:
+                    value = builder.fadd(value, _load(builder, c, index, "f32", width))
+                value = _multiply_add(builder, factor, _filled(builder, d, width), value)
                 _store(builder, value, y, index, kind, width)
 
             _each(builder, count, step)
             return context.get_dummy_value()
 
         address, number = types.int64, types.float32
-        return types.void(address, address, number, address, number, address), code
+        return types.void(address, address, number, address, address), code
 
     return add
 

@@ -56,7 +56,7 @@ def compare_logs(first: Path, second: Path) -> Comparison:
         LogError: one cannot be read, is damaged before the first difference, or holds no record. Its exit code is 2.
     """
     try:
-        return compare(_records(first), _records(second))
+        return compare(log_records(first), log_records(second))
     except PeerturbError as error:
         error.exit_code = EXIT_UNUSABLE
         raise
@@ -94,7 +94,12 @@ def compare(first: Iterable[tuple[bytes, Record]], second: Iterable[tuple[bytes,
     return Comparison(outcome="equal", equal_records=records, equal_rounds=rounds)
 
 
-def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
+def log_records(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """Yield the records of a log, as their bytes and decoded; `path` as in `compare_logs`.
+
+    Raises:
+        LogError: it cannot be read, is damaged, or holds no record.
+    """
     inside = [file for file in (path / LOG_NAME, log_path(path)) if file.is_file()]
     source = Source.of(
         inside[0] if inside else path, coordinator=None, token_file=None, fingerprint="", is_insecure=False
@@ -106,7 +111,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
         except WireError as error:
             raise LogError(f"{path}: record {position}: {error.why}") from error
     if position < 0:
-        raise LogError(f"{path} holds no whole record: there is nothing to compare")
+        raise LogError(f"{path} holds no whole record: there is nothing in it")
 
 
 def lines(found: Comparison, names: tuple[str, str]) -> Iterator[str]:

@@ -114,7 +114,7 @@ def _other_kind(first: Record, second: Record) -> str:
     if kinds & {PeerJoined, PeerLeft}:
         return (
             "somebody joined or left at another moment: the same peers with other timing, or another list of members "
-            "(replay it with the membership of the recorded run)"
+            "(`peerturb sim reproduce` takes the recorded run's)"
         )
     if Evaluated in kinds:
         return "a held-out evaluation came at another moment; weights do not depend on evaluations"

@@ -33,14 +33,14 @@ CPU_EFFICIENCY_HALF = Factor(
     ),
 )
 STEP_SINGLE = Factor(
-    value=1.14,
-    source="a probe step by plain inference in float32, the largest of three models on a CPU (docs/LOG.md, 2026-11-25)",
+    value=1.06,
+    source="a probe step by plain inference in float32, the largest of three models on a CPU (docs/LOG.md, 2026-11-26)",
 )
 STEP_HALF = Factor(
-    value=1.29,
+    value=1.12,
     source=(
         "a probe step by plain inference in half precision, the largest of three models on a CPU (docs/LOG.md, "
-        "2026-11-25); not measured on a GPU yet"
+        "2026-11-26); not measured on a GPU yet"
     ),
 )
 CPU_UPDATE_RATE = Factor(

@@ -184,14 +184,17 @@ class Network:
         arguments += ["--name", name, "--compute", compute, "--json", *extra]
         return self._start(arguments, name, entry)
 
-    def run(self, *arguments: str, timeout_s: float = 120.0) -> "subprocess.CompletedProcess[str]":
-        """Run a command to its end."""
+    def run(
+        self, *arguments: str, timeout_s: float = 120.0, folder: Path | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end, in `folder` or where the tests run."""
         return subprocess.run(
             [sys.executable, "-m", "peerturb.cli", *arguments],
             capture_output=True,
             text=True,
             timeout=timeout_s,
             check=False,
+            cwd=folder,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
         )
 

@@ -12,10 +12,10 @@ from peerturb.errors import ObjectiveError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec
+from peerturb.zo.families import FAMILIES
 from peerturb.zo.generation import GenerationEvaluator, Writing
 from peerturb.zo.local import LocalRun
 from peerturb.zo.model import base_digest
-from peerturb.zo.perturbation import FAMILIES
 from peerturb.zo.probe import ProbeEngine
 from tests.zo_models import BERT, RandomSigns, byte_tokenizer, manifest_of, one_thread, small_model, spec_of
 

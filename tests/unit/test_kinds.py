@@ -32,10 +32,10 @@ from peerturb.zo.batch import Runner, each_side
 from peerturb.zo.coverage import check_coverage, check_trial, text_trial
 from peerturb.zo.data import Example
 from peerturb.zo.evaluate import answers, evaluate
+from peerturb.zo.families import FAMILIES
 from peerturb.zo.kinds import Form, Task, kind_for, shared_tables
 from peerturb.zo.model import build_manifest
 from peerturb.zo.objective import Objective
-from peerturb.zo.perturbation import FAMILIES
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.update import apply_update
 from tests.zo_models import (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peerturb.ids import RoundNumber, Slot
 from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, RunSpec
 from peerturb.zo.custom import CustomEvaluator, base_spec
-from peerturb.zo.perturbation import RankOne
+from peerturb.zo.families import RankOne
 from peerturb.zo.probe import ProbeEngine
 from tests.zo_models import one_thread, written_out
 

@@ -83,3 +83,10 @@ def test_the_token_is_read_from_its_file_and_never_shown(tmp_path: Path) -> None
         load({"coordinator": "h:1", "token_file": secret}).join_token()
     with pytest.raises(SpecError, match="cannot read"):
         load({"coordinator": "h:1", "token_file": tmp_path / "none"}).join_token()
+
+
+def test_only_load_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulation makes settings of its own; a volunteer's variables must not reach into it."""
+    monkeypatch.setenv("PEERTURB_NODE_TEMPLATE", "{other}")
+    assert load({"coordinator": "host:1"}).template == "{other}"
+    assert NodeSettings(coordinator="host:1").template is None

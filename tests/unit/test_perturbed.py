@@ -13,8 +13,9 @@ from peerturb.manifest import Manifest
 from peerturb.zo import experts
 from peerturb.zo.coverage import check_coverage
 from peerturb.zo.experts import Routing, expert_linear
+from peerturb.zo.families import FAMILIES
 from peerturb.zo.model import prepare
-from peerturb.zo.perturbation import FAMILIES, Perturbation
+from peerturb.zo.perturbation import Perturbation
 from peerturb.zo.perturbed import PerturbedForward
 from tests.zo_models import CONFIGS, EXCLUDE, RandomSigns, manifest_of, one_thread, small_model
 

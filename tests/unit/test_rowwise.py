@@ -14,7 +14,7 @@ from peerturb.errors import ModelError
 from peerturb.zo import crew, fast
 from peerturb.zo.coverage import check_owners
 from peerturb.zo.custom import CustomEvaluator, base_spec
-from peerturb.zo.perturbation import RankOne
+from peerturb.zo.families import RankOne
 from tests.zo_models import RandomSigns, manifest_of, small_model
 
 rowwise: Any = fast.rowwise()
@@ -59,42 +59,49 @@ def test_a_linear_layer_is_corrected(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        rowwise.add_linear(x, y, a, b, step=0.25, sides=2, bias=bias if has_bias else None, bias_step=0.5)
+        rowwise.add_linear(
+            x, y, (a, 0), (b, 0), step=0.25, sides=2, bias=(bias, 0) if has_bias else None, bias_step=0.5
+        )
     finally:
         torch.set_num_threads(before)
     assert is_rounded_once(y, exact, 1e-5 * columns**0.5)
 
 
-@pytest.mark.parametrize("epsilon", [None, 1e-5])
+@pytest.mark.parametrize(("epsilon", "is_centred", "offset"), [(None, True, 0.0), (1e-5, True, 0.0), (2.0, False, 1.0)])
 @pytest.mark.parametrize("shape", SHAPES[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_vectors_scale_and_shift(dtype: torch.dtype, shape: tuple[int, int, int, int], epsilon: float | None) -> None:
+def test_vectors_scale_and_shift(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], epsilon: float | None, is_centred: bool, offset: float
+) -> None:
     probes, rows, columns, _ = shape
     x = (torch.randn(probes, rows, columns, generator=torch.Generator().manual_seed(1)) * 2 + 5).to(dtype)
     scale, shift = (torch.linspace(low, 2, columns).to(dtype) for low in (0.5, -1))
     up, down = signs_of(probes, columns, 2), signs_of(probes, columns, 3)
     wide = x.double()
     if epsilon is not None:
-        wide = nn.functional.layer_norm(wide, (columns,), eps=epsilon)
-    exact = wide * (scale.double() + sides_of(rows) * 0.125 * up[:, None])
+        norm = nn.functional.layer_norm if is_centred else nn.functional.rms_norm
+        wide = norm(wide, (columns,), eps=epsilon)
+    exact = wide * (offset + scale.double() + sides_of(rows) * 0.125 * up[:, None])
     exact = exact + shift.double() + sides_of(rows) * 0.25 * down[:, None]
     found = rowwise.affine(
-        x, scale, shift, sides=2, scale_signs=up, scale_step=0.125, shift_signs=down, shift_step=0.25, epsilon=epsilon
-    )
+        x, scale, shift, sides=2, scale_signs=(up, 0), scale_step=0.125, shift_signs=(down, 0), shift_step=0.25,
+        epsilon=epsilon, is_centred=is_centred, offset=offset,
+    )  # fmt: skip
     assert is_rounded_once(found, exact, 1e-5)
     bare = rowwise.affine(
-        x, None, None, sides=2, scale_signs=None, scale_step=0.0, shift_signs=None, shift_step=0.0, epsilon=epsilon
-    )
+        x, None, None, sides=2, scale_signs=None, scale_step=0.0, shift_signs=None, shift_step=0.0,
+        epsilon=epsilon, is_centred=is_centred, offset=offset,
+    )  # fmt: skip
     assert is_rounded_once(bare, wide, 1e-5)
 
 
 def test_not_a_number_stays_one() -> None:
     x, y = torch.full((1, 2, 8), float("nan"), dtype=torch.bfloat16), torch.ones(1, 2, 8, dtype=torch.bfloat16)
     ones = torch.ones(1, 8, dtype=torch.int8)
-    rowwise.add_linear(x, y, ones, ones, step=1.0, sides=2, bias=None, bias_step=0.0)
+    rowwise.add_linear(x, y, (ones, 0), (ones, 0), step=1.0, sides=2, bias=None, bias_step=0.0)
     assert bool(y.isnan().all())
     y = torch.full((1, 2, 8), 3e38, dtype=torch.bfloat16)
-    rowwise.add_linear(y.clone(), y, ones, ones, step=1.0, sides=2, bias=None, bias_step=0.0)
+    rowwise.add_linear(y.clone(), y, (ones, 0), (ones, 0), step=1.0, sides=2, bias=None, bias_step=0.0)
     assert not bool(y.isfinite().any())
 
 
@@ -112,7 +119,7 @@ from peerturb.zo import fast
 x = torch.randn(2, 6, 70, generator=torch.Generator().manual_seed(1)).bfloat16()
 y = torch.randn(2, 6, 99, generator=torch.Generator().manual_seed(2)).bfloat16()
 ones = torch.ones(2, 99, dtype=torch.int8)
-fast.rowwise().add_linear(x, y, ones, ones[:, :70], step=0.3, sides=2, bias=None, bias_step=0.0)
+fast.rowwise().add_linear(x, y, (ones, 0), (ones, 3), step=0.3, sides=2, bias=None, bias_step=0.0)
 print(y.view(torch.int16).long().flatten().mul(torch.arange(1, y.numel() + 1)).sum().item())
 """
     said = [
@@ -129,10 +136,10 @@ import torch
 from peerturb.zo import fast
 rowwise, ones = fast.rowwise(), torch.ones(4, 40_000, dtype=torch.int8)
 x, y = torch.ones(4, 6, 40_000), torch.ones(4, 6, 30_000)
-rowwise.add_linear(x, y, ones[:, :30_000], ones, step=1e-4, sides=2, bias=None, bias_step=0.0)
+rowwise.add_linear(x, y, (ones, 0), (ones, 0), step=1e-4, sides=2, bias=None, bias_step=0.0)
 assert torch.allclose(y[:, 0], torch.full_like(y[:, 0], 5.0)), y
 scale = torch.full((40_000,), 2.0)
-z = rowwise.affine(x, scale, scale, sides=2, scale_signs=ones, scale_step=1.0, shift_signs=None, shift_step=0.0)
+z = rowwise.affine(x, scale, scale, sides=2, scale_signs=(ones, 0), scale_step=1.0, shift_signs=None, shift_step=0.0)
 assert torch.equal(z[:, 0], torch.full_like(z[:, 0], 5.0)) and torch.equal(z[:, 5], torch.full_like(z[:, 5], 3.0))
 """
     subprocess.run(

@@ -19,12 +19,12 @@ from peerturb.zo.coverage import check_written, text_slowness
 from peerturb.zo.custom import CustomEvaluator, base_spec
 from peerturb.zo.data import Example
 from peerturb.zo.directions import Directions, Probes
+from peerturb.zo.families import FAMILIES
 from peerturb.zo.generation import GenerationEvaluator, Writing
 from peerturb.zo.local import LocalRun
 from peerturb.zo.metrics import ScoredRunner, error_rate
 from peerturb.zo.model import prepare
 from peerturb.zo.objective import Objective
-from peerturb.zo.perturbation import FAMILIES
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.replay import replay
 from tests.zo_models import byte_tokenizer, manifest_of, one_thread, small_model, spec_of, written_out

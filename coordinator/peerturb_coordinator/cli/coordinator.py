@@ -25,6 +25,10 @@ def serve(
         Path | None,
         typer.Option(help="Folder of the run log; an existing run there goes on.", show_default="peerturb-coordinator"),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the membership trace there, for `peerturb sim reproduce`."),
+    ] = None,
     tls_dir: Annotated[Path | None, typer.Option(help="Folder that `peerturb coordinator keys` filled.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Plaintext beyond loopback.")] = False,
     token: Annotated[
@@ -49,6 +53,7 @@ def serve(
         "listen": listen,
         "advertise": advertise,
         "data_dir": data_dir,
+        "trace": trace,
         "tls_dir": tls_dir,
         "insecure": insecure or None,
         "token": None if token is None else read_token(token),
