@@ -22,10 +22,10 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 generate = PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) grpc_tools.protoc -I protos --python_out=$(1) --grpc_python_out=$(1) \
 	--mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTO_SOURCES)
 
-.PHONY: help demo test setup lint format types imports proto proto-check test-fast test-slow bench bench-model clean distclean
+.PHONY: help demo test setup setup-browser lint format types imports proto proto-check test-fast test-slow bench bench-model clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: setup-node ## Watch four nodes fine-tune a model together (ARGS="--out DIR" chooses the folder)
 	@$(BIN)/peerturb demo $(ARGS)
@@ -37,6 +37,9 @@ setup: setup-dev ## Make .venv with all that development needs
 
 setup-%:
 	@python=$$(sh scripts/find_python.sh) && "$$python" scripts/setup.py $*
+
+setup-browser: ## Chromium for the test of the simulator's report (Debian and Ubuntu, as root); without it that test is skipped
+	@apt-get update -qq && apt-get install -y --no-install-recommends chromium chromium-driver
 
 lint: setup-dev ## ruff (lint and format) and codespell
 	@echo "== lint"

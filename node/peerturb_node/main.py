@@ -82,6 +82,8 @@ async def _run(settings: NodeSettings, events: Events, make_compute: MakeCompute
             compute = await asyncio.to_thread(make_compute, spec)
         else:
             compute = await asyncio.to_thread(_make_compute, settings, spec, events)
+        if (slowness := getattr(compute, "slowness", None)) is not None:  # of computes on tensors
+            events.emit("notice", code="slow", text=slowness)
         try:
             ended, signals = await _take_part(settings, address, spec, folder, compute, events)
             if settings.export is not None:
@@ -171,8 +173,6 @@ def _make_compute(settings: NodeSettings, spec: RunSpec, events: Events) -> Comp
     )
     if compute.warning is not None:
         events.emit("notice", code="epsilon", text=compute.warning)
-    if compute.slowness is not None:
-        events.emit("notice", code="slow", text=compute.slowness)
     return compute
 
 

@@ -131,36 +131,12 @@ def tune(
     parameters = sum(entry.elements for entry in prepared.manifest)
     start = starting_point(spec, parameters)
     sweep = _sweep(prepared, spec, settings, probes)
-    began_s = now_s()
-    end_s = began_s + budget_s
+    trials = _Trials(sweep, began_s=now_s(), budget_s=budget_s, on_outcome=on_outcome, now_s=now_s)
     sweep.settle()
-    rounds = _plan(sweep, now_s() - began_s, SEARCH_SHARE * budget_s)
-    outcomes: list[Outcome] = []
-
-    def run(setting: Setting, rounds: int) -> Outcome | None:
-        at_s = now_s()
-        # The first setting may take its time: without one there is nothing to say.
-        outcome = sweep.run(setting, rounds, should_stop=lambda: bool(outcomes) and now_s() >= end_s)
-        if outcome is None:
-            return None
-        outcome = replace(outcome, seconds=now_s() - at_s)
-        on_outcome(outcome)
-        return outcome
-
-    is_cut = False
-    while not is_cut and (setting := next_setting(start, outcomes)) is not None:
-        if (outcome := run(setting, rounds)) is None:
-            is_cut = True
-        else:
-            outcomes.append(outcome)
-    final: list[Outcome] = []
-    longer = 0 if is_cut else _longer(outcomes, rounds, end_s - now_s())
-    for setting in finalists(start, outcomes) if longer else ():
-        if (outcome := run(setting, longer)) is None:
-            final, is_cut = [], True  # one alone cannot be compared
-            break
-        final.append(outcome)
-    found = recommend(start, outcomes, final)
+    rounds = _plan(sweep, now_s() - trials.began_s, SEARCH_SHARE * budget_s)
+    trials.search(start, rounds)
+    trials.compare(start, rounds)
+    found = recommend(start, trials.outcomes, trials.final)
     return Tuned(
         model=spec.model.name,
         parameters=parameters,
@@ -168,14 +144,68 @@ def tune(
         rounds=rounds,
         start=start,
         scale=sweep.scale,
-        outcomes=tuple(outcomes),
-        final=tuple(final),
+        outcomes=tuple(trials.outcomes),
+        final=tuple(trials.final),
         recommendation=found,
         compute_dtype=prepared.compute_dtype,
         warning=" ".join(filter(None, (prepared.warning((found.setting or start).epsilon), sweep.slowness))) or None,
-        is_cut=is_cut,
-        seconds=now_s() - began_s,
+        is_cut=trials.is_cut,
+        seconds=now_s() - trials.began_s,
     )
+
+
+class _Trials:
+    """Settings tried within a budget of time: a search, then two of them for longer.
+
+    Attributes:
+        outcomes: of the search.
+        final: of the longer trials; empty without two.
+        is_cut: whether the budget ended a trial.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep[Any],
+        *,
+        began_s: float,
+        budget_s: float,
+        on_outcome: Callable[[Outcome], None],
+        now_s: Callable[[], float],
+    ) -> None:
+        self.began_s, self._end_s = began_s, began_s + budget_s
+        self.outcomes: list[Outcome] = []
+        self.final: list[Outcome] = []
+        self.is_cut = False
+        self._sweep, self._on_outcome, self._now_s = sweep, on_outcome, now_s
+
+    def search(self, start: Setting, rounds: int) -> None:
+        """Try settings of so many rounds until nothing is left to try, or no time."""
+        while not self.is_cut and (setting := next_setting(start, self.outcomes)) is not None:
+            if (outcome := self._run(setting, rounds)) is None:
+                self.is_cut = True
+            else:
+                self.outcomes.append(outcome)
+
+    def compare(self, start: Setting, rounds: int) -> None:
+        """Try the two best for longer, if there is time for both."""
+        longer = 0 if self.is_cut else _longer(self.outcomes, rounds, self._end_s - self._now_s())
+        for setting in finalists(start, self.outcomes) if longer else ():
+            if (outcome := self._run(setting, longer)) is None:
+                self.final, self.is_cut = [], True  # one alone cannot be compared
+                return
+            self.final.append(outcome)
+
+    def _run(self, setting: Setting, rounds: int) -> Outcome | None:
+        at_s = self._now_s()
+        # The first setting may take its time: without one there is nothing to say.
+        outcome = self._sweep.run(
+            setting, rounds, should_stop=lambda: bool(self.outcomes) and self._now_s() >= self._end_s
+        )
+        if outcome is None:
+            return None
+        outcome = replace(outcome, seconds=self._now_s() - at_s)
+        self._on_outcome(outcome)
+        return outcome
 
 
 def _plan(sweep: Sweep[Any], round_s: float, budget_s: float) -> int:
@@ -203,6 +233,7 @@ def _prepare(spec: RunSpec, settings: NodeSettings, checkpoint: Path | None) -> 
         load_checkpoint(
             checkpoint.expanduser(), prepared.manifest, prepared.named,
             spec_digest=spec.digest.hex(), base_digest=spec.model.digest,
+            remedy="name another one, or leave out --checkpoint to start from the base weights",
         )  # fmt: skip
         prepared.changed()
         prepared.refresh()

@@ -71,6 +71,7 @@ class PeerMachine:
         unapplied: Sequence[RoundSealed] = (),
         probes_max: int | None = None,
         evaluates: bool = True,
+        doubts: bool = True,
     ) -> None:
         """Begin from what the peer has.
 
@@ -86,8 +87,9 @@ class PeerMachine:
             unapplied: sealed rounds of the local log, its last ones, that the weights do not have yet.
             probes_max: local limit on probes per round, below the RunSpec's.
             evaluates: whether it has held-out examples.
+            doubts: whether it rebuilds weights that the log or the coordinator calls wrong; a simulated liar does not.
         """
-        self.spec = spec
+        self.spec, self.doubts = spec, doubts
         self.ledger = ledger if ledger is not None else Ledger()
         assert self.ledger.spec is None or self.ledger.spec.digest == spec.digest
         self.slot: Slot | None = None
@@ -177,7 +179,7 @@ class PeerMachine:
             return [Connect()]
         if self._session in (Session.CONNECTING, Session.JOINING) and now_ms >= self._give_up_at_ms:
             return self._reconnect("the coordinator did not answer", now_ms)
-        if self._replica.suspicion is not None:
+        if self.doubts and self._replica.suspicion is not None:
             return self._rebuild()
         if self._replica.is_hopeless:
             why = (

@@ -170,11 +170,9 @@ class Runner:
 
 def each_side(rows: Rows, perturbation: Perturbation) -> Rows:
     """Repeat each probe's rows for each of its sides: first measured at +epsilon, then at -epsilon."""
-    probes, sides = perturbation.probes, perturbation.sides
 
     def repeat(value: Tensor) -> Tensor:
-        grouped = value.view(probes, 1, len(value) // probes, *value.shape[1:])
-        return grouped.expand(-1, sides, *grouped.shape[2:]).reshape(sides * value.shape[0], *value.shape[1:])
+        return value[torch.tensor(perturbation.each_side(len(value)), device=value.device)]
 
     return replace(
         rows,
@@ -185,5 +183,5 @@ def each_side(rows: Rows, perturbation: Perturbation) -> Rows:
         answers=repeat(rows.answers),
         mask=None if rows.mask is None else repeat(rows.mask),
         decoder_ids=None if rows.decoder_ids is None else repeat(rows.decoder_ids),
-        tokens=sides * rows.tokens,
+        tokens=perturbation.sides * rows.tokens,
     )

@@ -62,8 +62,12 @@ def save_checkpoint(path: Path, manifest: Manifest, weights: Mapping[str, Tensor
     write_file(path, write)
 
 
-def read_info(path: Path) -> CheckpointInfo:
-    """Return where a checkpoint stands, without its weights.
+FROM_THE_LOG = "delete it to start from the log"
+"""What to do about a checkpoint of a node that cannot be used: what it holds can be replayed."""
+
+
+def read_info(path: Path, *, remedy: str = FROM_THE_LOG) -> CheckpointInfo:
+    """Return where a checkpoint stands, without its weights; `remedy` ends errors.
 
     Raises:
         ModelError: unreadable, or not a checkpoint of this program.
@@ -72,33 +76,42 @@ def read_info(path: Path) -> CheckpointInfo:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"cannot read the checkpoint {path}: {error}; delete it to start from the log") from error
+        raise ModelError(f"cannot read the checkpoint {path}: {error}; {remedy}") from error
     if text is None:
-        raise ModelError(f"{path} is not a peerturb checkpoint")
+        raise ModelError(f"{path} is not a peerturb checkpoint; {remedy}")
     try:
         document: dict[str, Any] = json.loads(text)
         if document.get("format") != FORMAT:
-            raise ModelError(f"{path} has checkpoint format {document.get('format')}, this program reads {FORMAT}")
+            text = f"{path} has checkpoint format {document.get('format')}, this program reads {FORMAT}; {remedy}"
+            raise ModelError(text)
         return CheckpointInfo(**document)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"the metadata of the checkpoint {path} is damaged: {error}") from error
+        raise ModelError(f"the metadata of the checkpoint {path} is damaged: {error}; {remedy}") from error
 
 
 def load_checkpoint(
-    path: Path, manifest: Manifest, weights: Mapping[str, Tensor], *, spec_digest: str, base_digest: str
+    path: Path,
+    manifest: Manifest,
+    weights: Mapping[str, Tensor],
+    *,
+    spec_digest: str,
+    base_digest: str,
+    remedy: str = FROM_THE_LOG,
 ) -> CheckpointInfo:
-    """Copy a checkpoint's tensors into `weights`, after every check that can be made before.
+    """Copy a checkpoint's tensors into `weights`, after every check that can be made before; `remedy` ends errors.
 
     Raises:
         LogError: it belongs to another run or other base weights. `weights` is as it was.
         ModelError: unreadable, other tensors, or its digest does not fit. In the last case `weights` may be anything.
     """
-    info = read_info(path)
+    info = read_info(path, remedy=remedy)
     if info.spec_digest != spec_digest:
-        raise LogError(f"the checkpoint {path} belongs to run {info.spec_digest[:12]}, this is {spec_digest[:12]}")
+        text = f"the checkpoint {path} belongs to run {info.spec_digest[:12]}, this is {spec_digest[:12]}; {remedy}"
+        raise LogError(text)
     if info.base_digest != base_digest:
         raise LogError(
-            f"the checkpoint {path} started from base weights {info.base_digest[:12]}, this run from {base_digest[:12]}"
+            f"the checkpoint {path} started from base weights {info.base_digest[:12]}, this run from "
+            f"{base_digest[:12]}; {remedy}"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -107,12 +120,12 @@ def load_checkpoint(
                 for entry in manifest:
                     weights[entry.name].copy_(file.get_tensor(entry.name))
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"cannot read the checkpoint {path}: {error}; delete it to start from the log") from error
+        raise ModelError(f"cannot read the checkpoint {path}: {error}; {remedy}") from error
     found = run_digest(manifest, [weights[entry.name] for entry in manifest]).hex()
     if found != info.weights_digest:
         raise ModelError(
             f"the checkpoint {path} is damaged: its weights have digest {found[:12]}, its metadata says "
-            f"{info.weights_digest[:12]}; delete it to start from the log"
+            f"{info.weights_digest[:12]}; {remedy}"
         )
     return info
 

@@ -88,14 +88,8 @@ class CustomEvaluator(Generic[Item]):
     @torch.inference_mode()
     def losses(self, items: Sequence[Item], perturbation: Perturbation | None = None) -> Tensor:
         """See `Evaluator`; f64."""
-        if perturbation is None:
-            groups = [list(items)]
-        else:
-            per_side = len(items) // perturbation.probes
-            # All sides of a probe see the same examples: +epsilon first.
-            starts = [begin for begin in range(0, len(items), per_side) for _ in range(perturbation.sides)]
-            groups = [list(items[begin : begin + per_side]) for begin in starts]
-        rows = [item for group in groups for item in group]
+        # All sides of a probe see the same examples: +epsilon first.
+        rows = list(items) if perturbation is None else [items[row] for row in perturbation.each_side(len(items))]
         batch = self._batch(rows)
         if perturbation is None:
             outputs = self._run(batch, len(rows))
@@ -103,9 +97,10 @@ class CustomEvaluator(Generic[Item]):
             with PerturbedForward(self.parameters, perturbation, rows=len(rows), shared=self.shared):
                 outputs = self._run(batch, len(rows))
         if self._per_probe:
+            size = len(rows) if perturbation is None else len(items) // perturbation.probes
             if perturbation is not None:
-                check_whole(len(groups[0]), self._per_probe)
-            losses = self._group_losses(outputs, groups)
+                check_whole(size, self._per_probe)
+            losses = self._group_losses(outputs, [rows[begin : begin + size] for begin in range(0, len(rows), size)])
         else:
             losses = as_losses(self._loss(outputs, batch), len(rows))
         return losses if perturbation is None else losses.view(perturbation.probes, perturbation.sides, -1)

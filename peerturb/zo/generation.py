@@ -97,14 +97,14 @@ class GenerationEvaluator(Generic[Item]):
     def losses(self, items: Sequence[Item], perturbation: Perturbation | None = None) -> Tensor:
         """See `Evaluator`: minus the rewards, f64."""
         texts = self.texts(items, perturbation)
-        judged = list(items) if perturbation is None else _each_side(items, perturbation)
+        judged = _each_side(items, perturbation)
         losses = torch.tensor([-self._judge(item, text) for item, text in zip(judged, texts, strict=True)]).double()
         return losses if perturbation is None else losses.view(perturbation.probes, perturbation.sides, -1)
 
     @torch.inference_mode()
     def texts(self, items: Sequence[Item], perturbation: Perturbation | None = None) -> list[str]:
         """Return what the model writes after each prompt; under a perturbation probe by probe, +epsilon first."""
-        rows = list(items) if perturbation is None else _each_side(items, perturbation)
+        rows = _each_side(items, perturbation)
         prompts = [self._ids(item) for item in rows]
         manifest = [entry for entry, _ in self.parameters]
         draws = _Draws(self.writing, manifest, rows=len(rows), perturbation=perturbation)
@@ -244,7 +244,5 @@ def _key(seed: int, perturbation: Perturbation | None, manifest: Sequence[Parame
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def _each_side(items: Sequence[Item], perturbation: Perturbation) -> list[Item]:
-    """Repeat each probe's items for each of its sides: first measured at +epsilon, then at -epsilon."""
-    size, sides = len(items) // perturbation.probes, range(perturbation.sides)
-    return [item for begin in range(0, len(items), size) for _ in sides for item in items[begin : begin + size]]
+def _each_side(items: Sequence[Item], perturbation: Perturbation | None) -> list[Item]:
+    return list(items) if perturbation is None else [items[row] for row in perturbation.each_side(len(items))]

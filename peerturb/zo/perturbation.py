@@ -91,6 +91,12 @@ class Perturbation:
         self._steps = torch.tensor([epsilon, -epsilon][:sides], dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
 
+    def each_side(self, rows: int) -> list[int]:
+        """Return which of the probes' rows each of the micro-batch is: all of a probe at +epsilon, then at -epsilon."""
+        size = rows // self.probes
+        starts = (begin for begin in range(0, rows, size) for _ in range(self.sides))
+        return [begin + offset for begin in starts for offset in range(size)]
+
     def steps(self, parameter: Parameter) -> Tensor:
         """Return (+epsilon 2**k, -epsilon 2**k): shape [sides]. The power of two makes this exact."""
         return self._steps if parameter.exponent == 0 else self._steps * 2.0**parameter.exponent

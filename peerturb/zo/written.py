@@ -102,9 +102,16 @@ def written_losses(evaluator: "Evaluator[Any]", items: Sequence[Any], perturbati
     return torch.cat(losses, 1)
 
 
+_WRITES_OR_READS = frozenset({
+    Tensor.__setitem__, Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.__int__,
+    Tensor.__bool__, Tensor.__index__, Tensor.__complex__, torch.is_nonzero, torch.equal, torch.allclose,
+})  # fmt: skip
+"""What uses a tensor's values and returns no tensor."""
+
+
 def uses(func: Callable[..., Any], result: Any, source: Tensor | None = None) -> bool:
-    """True if `func` computed something: asking for a tensor's shape or type does not, nor does returning `source`."""
-    if func is Tensor.__setitem__:
+    """True if `func` used values: asking for a tensor's shape or type does not, nor does returning `source`."""
+    if func in _WRITES_OR_READS:
         return True
     if isinstance(result, (list, tuple)) and not isinstance(result, torch.Size):
         return any(uses(func, item, source) for item in result)

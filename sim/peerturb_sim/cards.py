@@ -29,6 +29,8 @@ class Card(Section):
     memory_gib: _Positive
     watts: _Positive
     cores: Annotated[int, Field(ge=1, le=65_536)] = 1
+    source: str = Field(default="", max_length=400)
+    """Where the figures stand."""
 
 
 class _Table(Section):

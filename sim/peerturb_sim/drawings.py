@@ -1,13 +1,13 @@
 """Curves and a timeline as inline SVG that takes its colours from the page. It knows numbers, nothing of runs.
 
 matplotlib draws with stand-in colours, which become the style sheet's: so one drawing serves light and dark pages.
-Lines differ in dashes and marks too, and carry their names.
+Lines differ in dashes and marks too, and carry their names. Drawings of `SLIM` inches can be read on a phone.
 """
 
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,15 @@ POINTS_MAX = 800
 """Points of a curve: more cannot be seen; each is then the mean of its neighbours."""
 CELLS = 400
 """Places along a timeline."""
+WIDE, SLIM = 11.0, 4.4
+"""Widths of drawings, inches: as wide as the page, and as a phone or half of the page. Text of 9.5 points is then drawn
+about as large as it says on a phone, and larger elsewhere."""
 
 _INK = {"ink": "#010203", "soft": "#040506", "line": "#070809", "blue": "#0a0b0c", "amber": "#0d0e0f",
         "green": "#101112", "red": "#131415", "violet": "#161718"}  # fmt: skip
 """Stand-ins by the names that the style sheet has for its colours."""
 _DASHES = {"solid": "-", "dashed": (0, (5, 2)), "dotted": (0, (1, 1.5))}
-_RC: Any = {"svg.fonttype": "none", "svg.hashsalt": "peerturb", "font.size": 9, "font.family": "DejaVu Sans",
+_RC: Any = {"svg.fonttype": "none", "svg.hashsalt": "peerturb", "font.size": 9.5, "font.family": "DejaVu Sans",
        "text.color": _INK["ink"], "axes.edgecolor": _INK["soft"], "axes.labelcolor": _INK["soft"],
        "xtick.color": _INK["soft"], "ytick.color": _INK["soft"], "grid.color": _INK["line"],
        "axes.formatter.useoffset": False}  # fmt: skip
@@ -55,12 +58,25 @@ class Band:
     colour: str = "red"
 
 
-def curves(key: str, items: Sequence[Curve], *, title: str, x: str, y: str, is_log: bool = False) -> str:
-    """Return an `<svg>`; `key` begins its identifiers, so that drawings share none; `title` is read to the blind."""
+def curves(
+    key: str, items: Sequence[Curve], *, title: str, x: str, y: str, is_log: bool = False,
+    amount: Callable[[float], str] | None = None,
+) -> str:  # fmt: skip
+    """Return an `<svg>`.
+
+    Args:
+        key: begins its identifiers, so that drawings share none.
+        items: the curves, on common axes.
+        title: read to the blind.
+        x: what the horizontal axis shows, with its unit.
+        y: the same of the vertical one.
+        is_log: whether that one is logarithmic, if anything is above 0.
+        amount: how its numbers are written; matplotlib's way if there is none.
+    """
     import matplotlib
 
     with matplotlib.rc_context(_RC):
-        figure = _figure(5.4, 2.9)
+        figure = _figure(SLIM, 2.7)
         axes = figure.subplots()
         for item in items:
             points = thin(item.xs, item.ys)
@@ -71,27 +87,44 @@ def curves(key: str, items: Sequence[Curve], *, title: str, x: str, y: str, is_l
             )  # fmt: skip
         if is_log and any(value > 0 for item in items for _, value in thin(item.xs, item.ys)):
             axes.set_yscale("log")
+        if amount is not None:
+            axes.yaxis.set_major_formatter(lambda value, _: amount(value))
         axes.set(xlabel=x, ylabel=y)
         _strip(axes)
         if len(items) > 1:
-            figure.legend(loc="outside upper left", ncols=len(items), frameon=False, fontsize=8.5, handlelength=3)
+            figure.legend(
+                loc="outside upper left", ncols=len(items), frameon=False, handlelength=2.4, columnspacing=1.4
+            )
         return _inline(figure, key, title)
 
 
-def timeline(key: str, bands: Sequence[Band], *, end: float, title: str, x: str) -> str:
-    """Return an `<svg>` with a row for each band, from 0 to `end`; as high as spans of the band there are at once."""
+def timeline(key: str, bands: Sequence[Band], *, end: float, title: str, x: str, width: float = WIDE) -> str:
+    """Return an `<svg>` with a row for each band, from 0 to `end`; as high as spans of the band there are at once.
+
+    Args:
+        key: as in `curves`; so are `title` and `x`.
+        bands: the rows.
+        end: of the time axis.
+        title: read to the blind.
+        x: what the axis shows.
+        width: `WIDE`, with the rows' names at their left; or `SLIM`, with the names above the rows.
+    """
     import matplotlib
 
+    is_slim = width < WIDE
     with matplotlib.rc_context(_RC):
-        figure = _figure(11.0, 0.8 + 0.3 * len(bands))
+        figure = _figure(width, 0.8 + (0.5 if is_slim else 0.3) * len(bands))
         axes = figure.subplots()
         edges = [(end or 1) * cell / CELLS for cell in range(CELLS + 1)]
         for row, band in enumerate(bands):
             counts = at_once(band.spans, end)
             floor, most = row + 0.36, max([1, *counts])
-            tops = [floor - 0.72 * count / most for count in (*counts, counts[-1])]
-            axes.fill_between(edges, floor, tops, step="post", color=_INK[band.colour], linewidth=0)
-        axes.set_yticks(range(len(bands)), [band.name for band in bands])
+            tops = [floor - (0.45 if is_slim else 0.72) * count / most for count in (*counts, counts[-1])]
+            axes.fill_between(edges, floor, tops, step="post", color=_INK[band.colour], linewidth=0.5)
+            if is_slim:
+                axes.text(0, row - 0.14, band.name, color=_INK["soft"], verticalalignment="bottom")
+        names = [] if is_slim else [band.name for band in bands]
+        axes.set_yticks(range(len(names)), names)
         axes.set(xlim=(0, end or 1), ylim=(len(bands) - 0.4, -0.6), xlabel=x)
         _strip(axes)
         axes.grid(visible=False, axis="y")

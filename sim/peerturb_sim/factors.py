@@ -18,22 +18,29 @@ GPU_EFFICIENCY = Factor(
         "whole steps (computed from arXiv 2305.17333, table of times). Smaller ones reach less: 0.13 at 1.3 billion"
     ),
 )
-CPU_EFFICIENCY = Factor(
+CPU_EFFICIENCY_SINGLE = Factor(
+    value=0.81,
+    source=(
+        "part of a CPU's peak at its base clock that forwards reach in float32: stories3m, one core of 2.1 GHz (3.06 "
+        "under load, so 0.56 of what it could do then), docs/LOG.md, 2026-11-26"
+    ),
+)
+CPU_EFFICIENCY_HALF = Factor(
     value=0.51,
     source=(
-        "part of a CPU's peak: products take 44 of 86 ms of inference (docs/LOG.md, 2026-11-25, MiniLM in bfloat16), "
-        "and are counted as if they ran at the peak; the card `this` is measured instead"
+        "part of a CPU's peak that forwards reach in half precision: products take 44 of 86 ms of inference "
+        "(docs/LOG.md, 2026-11-25, MiniLM in bfloat16), and are counted as if they ran at the peak"
     ),
 )
 STEP_SINGLE = Factor(
-    value=1.14,
-    source="a probe step by plain inference in float32, the largest of three models on a CPU (docs/LOG.md, 2026-11-25)",
+    value=1.06,
+    source="a probe step by plain inference in float32, the largest of three models on a CPU (docs/LOG.md, 2026-11-26)",
 )
 STEP_HALF = Factor(
-    value=1.29,
+    value=1.12,
     source=(
         "a probe step by plain inference in half precision, the largest of three models on a CPU (docs/LOG.md, "
-        "2026-11-25); not measured on a GPU yet"
+        "2026-11-26); not measured on a GPU yet"
     ),
 )
 CPU_UPDATE_RATE = Factor(

@@ -1,4 +1,4 @@
-"""What liars put in the place of an honest contribution. The machine beneath is the production one, told to be deaf."""
+"""What liars put in the place of an honest contribution. The machine beneath is the production one."""
 
 import random
 from dataclasses import replace
@@ -6,7 +6,6 @@ from dataclasses import replace
 from peerturb import codec
 from peerturb.ids import RoundNumber
 from peerturb.protocol.messages import Contribution
-from peerturb.protocol.peer import PeerMachine
 from peerturb_sim.scenario import Lie
 
 _OTHER_DIGEST = 1
@@ -17,6 +16,8 @@ class Liar:
 
     def __init__(self, lie: Lie, draws: random.Random) -> None:
         self.lie = lie
+        self.doubts = lie != "digest"
+        """Whether its machine may doubt its weights: who names false ones cares for nobody's digests."""
         self._draws = draws
         self._last: Contribution | None = None
 
@@ -40,12 +41,3 @@ class Liar:
                 return None
             case "digest":
                 return replace(honest, digest=honest.digest ^ _OTHER_DIGEST)
-
-    def deafen(self, machine: PeerMachine) -> None:
-        """Keep the machine from doubting its weights: who names false ones cares for nobody's digests."""
-        if self.lie == "digest":
-            machine._replica._compare = machine._replica.doubted = _ignore  # type: ignore[assignment,method-assign]
-
-
-def _ignore(_news: object) -> None:
-    """Take no notice."""

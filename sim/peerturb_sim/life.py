@@ -15,6 +15,9 @@ from peerturb_sim.scenario import FaultSpec, Scenario
 from peerturb_sim.world import World
 
 HOUR_S = 3_600.0
+TRACE_COLUMNS = ["peer", "join_s", "leave_s"]
+TIME_S_MAX = 366 * 86_400
+"""Of a trace, as of a scenario."""
 
 Stay = tuple[float, float | None]
 """Seconds at which a peer comes and goes; None: it stays to the end."""
@@ -48,26 +51,38 @@ def read_trace(path: Path, count: int) -> list[list[Stay]]:
     stays: list[list[Stay]] = [[] for _ in range(count)]
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            if rows.fieldnames != ["peer", "join_s", "leave_s"]:
-                raise SpecError(f"{path}: line 1: the columns must be peer,join_s,leave_s, not {rows.fieldnames}")
+            rows = csv.reader(file)
+            if (columns := next(rows, [])) != TRACE_COLUMNS:
+                said = ",".join(columns) or "nothing"
+                raise SpecError(f"{path}: line 1: the columns must be {','.join(TRACE_COLUMNS)}, not {said}")
             for row in rows:
-                _take_stay(stays, row, f"{path}: line {rows.line_num}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"cannot read the trace {path}: {error}") from error
+                if row:
+                    _take_stay(stays, row, f"{path}: line {rows.line_num}")
+    except OSError as error:
+        raise SpecError(
+            f"cannot read {path}, the trace of a group: {error.strerror or error}; correct its name"
+        ) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SpecError(f"{path}, the trace of a group, is not a CSV file: {error}") from error
+    if not any(stays):
+        raise SpecError(f"{path}: nobody comes: write a row for each stay below the first line")
     return stays
 
 
-def _take_stay(stays: list[list[Stay]], row: dict[str, str], where: str) -> None:
+def _take_stay(stays: list[list[Stay]], row: list[str], where: str) -> None:
     try:
-        peer, join_s = int(row["peer"]), float(row["join_s"])
-        leave_s = float(row["leave_s"]) if row["leave_s"] else None
-    except (TypeError, ValueError):
-        raise SpecError(f"{where}: {dict(row)} is not a row of three numbers (leave_s may be empty)") from None
+        peer_text, join_text, leave_text = row
+        peer, join_s = int(peer_text), float(join_text)
+        leave_s = float(leave_text) if leave_text.strip() else None
+    except ValueError:
+        said = ",".join(row)
+        raise SpecError(f"{where}: {said!r} is not three numbers: peer,join_s,leave_s (leave_s may be empty)") from None
+    if not (0 <= join_s <= TIME_S_MAX and (leave_s is None or abs(leave_s) <= TIME_S_MAX)):
+        raise SpecError(f"{where}: a time is not between 0 and {TIME_S_MAX:,} seconds: {join_text},{leave_text}")
     if not 0 <= peer < len(stays):
         raise SpecError(f"{where}: peer {peer} is not one of the group's {len(stays)}: raise count, or drop the row")
-    if join_s < 0 or (leave_s is not None and leave_s <= join_s):
-        raise SpecError(f"{where}: peer {peer} leaves at {row['leave_s']} s before it joins at {row['join_s']} s: swap")
+    if leave_s is not None and leave_s <= join_s:
+        raise SpecError(f"{where}: peer {peer} leaves at {leave_text} s before it joins at {join_text} s: swap them")
     before = stays[peer][-1] if stays[peer] else None
     if before is not None and (before[1] is None or join_s < before[1]):
         raise SpecError(f"{where}: peer {peer} joins at {join_s} s while it is still there: order its rows by time")
@@ -197,9 +212,9 @@ def _strike(world: World, fault: FaultSpec, number: int) -> None:
         events.after(for_us, _accept, world)
         return
     peers = _choose(world, fault, draws.sample)
-    who = peers[0].name if len(peers) == 1 else f"{len(peers)} peers"
-    lasts = None if fault.kind == "corruption" else fault.for_s
-    world.recorder.fault(fault.kind, who, for_s=lasts)
+    if fault.kind != "corruption":  # each of those is recorded by itself: peers notice them one by one
+        who = peers[0].name if len(peers) == 1 else f"{len(peers)} peers"
+        world.recorder.fault(fault.kind, who, for_s=fault.for_s)
     if fault.kind == "partition":
         world.partition(peers, for_us)
     for peer in peers:

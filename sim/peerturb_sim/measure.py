@@ -52,6 +52,7 @@ class ThisMachine:
         name = torch.cuda.get_device_name(self._device) if is_cuda else f"CPU, {torch.get_num_threads()} threads"
         self.title = f"this machine, {name}"
         self.factors: tuple[Factor, ...] = ()
+        self.source = "measured just now"
         self._engine = self._load(job)
         self._probe_s: float | None = None
         self._updates: dict[int, float] = {}

@@ -151,12 +151,13 @@ class Peer:
         """Flip a bit of the weights, as faulty memory does."""
         self.is_corrupt = True
         self.weights = self.world.compute.corrupt(self.weights)
+        self.world.recorder.corrupted(self)
 
     def lie(self, liar: Liar) -> None:
         """From now on, lie."""
         self.liar = liar
         if self.machine is not None:
-            liar.deafen(self.machine)
+            self.machine.doubts = liar.doubts
 
     def _begin_process(self, saved_rounds: int) -> None:
         """Start a process with a checkpoint of so many rounds and the whole local log."""
@@ -183,9 +184,8 @@ class Peer:
             ledger=ledger,
             unapplied=sealed[saved_rounds:],
             evaluates=self.group.evaluates,
+            doubts=self.liar is None or self.liar.doubts,
         )
-        if self.liar is not None:
-            self.liar.deafen(self.machine)
 
     def _end_process(self) -> None:
         self._incarnation += 1
@@ -196,6 +196,7 @@ class Peer:
     def replay(self, rounds: int) -> Any:
         """Return the weights after so many rounds of the log."""
         self.is_corrupt = False
+        self.world.recorder.mended(self)
         weights = self.world.compute.base
         for sealed in self.world.log.sealed[:rounds]:
             weights = self.world.compute.apply(weights, sealed)

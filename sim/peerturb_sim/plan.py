@@ -45,6 +45,8 @@ class Share:
 
     name: str
     title: str
+    source: str
+    """Where the card's figures come from."""
     count: int
     probes: int
     memory: Work
@@ -122,7 +124,8 @@ class Plan:
     def _card(self, share: Share) -> dict[str, Any]:
         up, down = self.per_hour(share)
         return {
-            "card": share.name, "title": share.title, "count": share.count, "probes": share.probes,
+            "card": share.name, "title": share.title, "source": share.source,
+            "count": share.count, "probes": share.probes,
             "memory_bytes": share.memory.seconds, "probing_s": share.probing.seconds, "up_s": share.up.seconds,
             "down_s": share.down.seconds, "update_s": share.updating.seconds, "waiting_s": share.waiting_s,
             "up_bytes_per_round": self.up_bytes[share.name], "up_bytes_per_hour": up, "down_bytes_per_hour": down,
@@ -162,7 +165,8 @@ def plan(job: Job, groups: Sequence[Group], *, line: Line, coordinator_line: Lin
     shares = []
     for group in groups:
         share = Share(
-            name=group.name, title=group.machine.title, count=group.count, probes=probes[group.name], memory=needed,
+            name=group.name, title=group.machine.title, source=group.machine.source, count=group.count,
+            probes=probes[group.name], memory=needed,
             probing=group.machine.probing(job, probes[group.name]),
             up=_transfer(up_bytes[group.name], up_all, line.up_mbit, coordinator_line.down_mbit, latency_ms),
             down=_transfer(down_bytes, down_bytes * peers, line.down_mbit, coordinator_line.up_mbit, latency_ms),
@@ -184,8 +188,9 @@ def plan(job: Job, groups: Sequence[Group], *, line: Line, coordinator_line: Lin
 
 
 def _is_used(factor: Factor, job: Job) -> bool:
-    is_step = factor.source.startswith("a probe step")
-    return not is_step or ("half precision" in factor.source) == (job.compute_dtype != "float32")
+    """Whether a factor is of the type of the losses, or of both."""
+    other = "half precision" if job.compute_dtype == "float32" else "in float32"
+    return other not in factor.source
 
 
 def _check_memory(group: Group, needed: Work, job: Job) -> None:

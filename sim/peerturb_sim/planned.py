@@ -40,6 +40,9 @@ def lines(plan: Plan) -> Iterator[str]:
         yield f"  note: {advice}"
     yield ""
     yield "Rests on:"
+    for share in plan.shares:
+        if share.source:
+            yield f"  {share.name}  {share.source}"
     for factor in plan.factors:
         yield f"  {factor.value:g}  {factor.source}"
 

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from peerturb.errors import SpecError
 from peerturb_sim import amounts
-from peerturb_sim.drawings import POINTS_MAX, Band, Curve, at_once, curves, timeline
+from peerturb_sim.drawings import POINTS_MAX, SLIM, WIDE, Band, Curve, at_once, curves, timeline
 from peerturb_sim.result import FaultRow, PeerRow, Result
 from peerturb_sim.scenario_text import scenario_toml
 
@@ -26,9 +26,25 @@ FAULTS_MAX = 100
 _STYLE = """
 svg.plot { width: 100%; height: auto; display: block; overflow: visible; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px; }
-tr.sum td { font-weight: 600; } .narrow td, .narrow th { padding-right: 10px; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(min(46%, 220px), 1fr)); }
+.tile b { white-space: normal; overflow-wrap: anywhere; }
+.slim { display: none; }
+h1, p, summary, .alarm { overflow-wrap: anywhere; }
+tr.sum td { font-weight: 600; }
+th { vertical-align: bottom; line-height: 1.25; }
+.card.figures { padding-left: 0; padding-right: 0; } .figures td { white-space: nowrap; }
+.figures th, .figures td { padding-right: 8px; } .figures th.n { white-space: normal; }
+.figures th:first-child, .figures td:first-child { position: sticky; left: 0; background: var(--card); }
+.figures th:first-child, .figures td:first-child { padding-left: 16px; }
+.figures th:last-child, .figures td:last-child { padding-right: 16px; }
+td.said, .figures td.said { white-space: normal; min-width: 9em; }
 details { margin: 8px 0; } summary { cursor: pointer; color: var(--soft); }
 ul.broken { margin: 6px 0 0; padding-left: 20px; }
+@media (max-width: 620px) {
+  .wide { display: none; } .slim { display: block; }
+  h1 { font-size: 1.5rem; } .tile, .card { padding: 12px; }
+  .tile b { font-size: 1.25rem; } .tile .was { font-size: 0.9rem; }
+}
 @media print { details > * { display: block; } .card { break-inside: avoid; } }
 """
 _UNITS = ((120.0, 1.0, "s"), (7_200.0, 60.0, "min"), (172_800.0, 3_600.0, "h"))
@@ -86,13 +102,16 @@ def _heading(result: Result) -> str:
 def _tiles(result: Result) -> str:
     losses = [row.loss for row in result.rounds if row.loss is not None]
     codes = sum(row.codes for row in result.rounds)
+    gave = sum(1 for peer in result.peers if peer.codes)
     tiles = [
         (f'<span class="was">{losses[0]:.4g} →</span> {losses[-1]:.4g}' if losses else "none", "training loss"),
         (amounts.seconds(result.virtual_s), "virtual time"),
         (f"{codes:,}", "codes in the log"),
-        (f"{amounts.size(result.bytes_up)} / {amounts.size(result.bytes_down)}", "sent / received by all peers"),
-        (f"{result.seals.get('deadline', 0):,} of {len(result.rounds):,}", "rounds that the deadline sealed"),
         (amounts.size(result.log.bytes), f"log, {result.log.records:,} records"),
+        (f"{gave:,}", f"of {len(result.peers):,} peers gave codes"),
+        (f"{result.seals.get('deadline', 0):,}", f"of {len(result.rounds):,} rounds were sealed by the deadline"),
+        (amounts.size(result.bytes_up), "sent by all peers"),
+        (amounts.size(result.bytes_down), "received by all peers"),
     ]
     cells = "".join(f'<div class="tile"><b>{value}</b><small>{label}</small></div>' for value, label in tiles)
     return f'<div class="tiles">{cells}</div>'
@@ -113,7 +132,7 @@ def _plots(result: Result) -> str:
         where, values = [at_s / scale for at_s, _ in held], [value for _, value in held]
         loss.append(Curve(name="held-out, as peers say", xs=where, ys=values, colour="green", dash="", mark="o"))
     peers = [
-        Curve(name="connected", xs=at, ys=[row.connected for row in rounds], colour="amber", dash="dashed"),
+        Curve(name="connected at its seal", xs=at, ys=[row.connected for row in rounds], colour="amber", dash="dashed"),
         Curve(name="in the sealed round", xs=at, ys=[row.peers for row in rounds]),
     ]
     durations = [Curve(name="a round", xs=at, ys=took, colour="violet")]
@@ -130,8 +149,13 @@ def _plots(result: Result) -> str:
     cards = [
         _card("Loss", curves("loss", loss, title="loss by virtual time", x=x, y="loss")),
         _card("Peers", curves("peers", peers, title="peers by virtual time", x=x, y="peers")),
-        _card("Duration of a round", curves("time", durations, title="seconds a round by virtual time", x=x, y="s")),
-        _card("Bytes in a round", curves("bytes", traffic, title="bytes a round", x=x, y="bytes", is_log=True)),
+        _card(
+            "Duration of a round", curves("time", durations, title="seconds a round by virtual time", x=x, y="seconds")
+        ),
+        _card(
+            "Bytes in a round",
+            curves("bytes", traffic, title="bytes a round", x=x, y="in a round", is_log=True, amount=amounts.size),
+        ),
     ]
     note = ""
     if len(rounds) > POINTS_MAX:
@@ -165,17 +189,24 @@ def _faults(result: Result) -> str:
         name = f"{kind.replace('_', ' ')} ({count:,}" + (f", up to {most:,} at once)" if most > 1 else ")")
         colour = "red" if kind.startswith(("coordinator", "corruption")) else "amber"
         bands.append(Band(name=name, spans=spans, colour=colour))
-    drawing = timeline("faults", bands, end=end, title="timeline of faults",
-                       x=f"virtual time, {unit}")  # fmt: skip
+    drawings = "".join(
+        f'<div class="{kind}">'
+        + timeline(f"faults-{kind}", bands, end=end, title="timeline of faults", x=f"virtual time, {unit}", width=width)
+        + "</div>"
+        for kind, width in (("wide", WIDE), ("slim", SLIM))
+    )
     rows = [
         [f"{row.at_s:,.2f}", "" if row.until_s is None else f"{row.until_s:,.2f}", row.kind.replace("_", " "), row.who,
          row.text]
         for row in sorted(result.faults, key=lambda row: row.at_s)[:FAULTS_MAX]
     ]  # fmt: skip
     shown = f"the first {FAULTS_MAX} of {len(result.faults):,}" if len(result.faults) > FAULTS_MAX else "all of them"
-    listed = _table(["from, s", "to, s", "what", "who", ""], rows, numbers=2)
+    heads = [("from, s", "n"), ("to, s", "n"), ("what", ""), ("who", ""), ("details", "said")]
+    if not any(row.text for row in result.faults):
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    listed = _table(heads, rows)
     return (
-        f'<h2>Faults</h2><section class="card">{drawing}</section>'
+        f'<h2>Faults</h2><section class="card">{drawings}</section>'
         f"<details><summary>{shown}, one by one</summary>{listed}</details>"
     )
 
@@ -184,8 +215,13 @@ def _span(row: FaultRow, scale: float) -> tuple[float, float]:
     return row.at_s / scale, (row.at_s if row.until_s is None else row.until_s) / scale
 
 
-_FIGURES = ("probes measured", "contributions", "codes in the log", "share of codes", "refused", "crashes", "rebuilds",
-            "sent", "received")  # fmt: skip
+_FIGURES = tuple(
+    (name, "n")
+    for name in (
+        "probes measured", "contributions", "codes in the log", "share of codes", "refused", "crashes", "rebuilds",
+        "sent", "received",
+    )
+)  # fmt: skip
 
 
 def _figures(peers: Sequence[PeerRow], codes: int) -> list[str]:
@@ -207,9 +243,10 @@ def _groups(result: Result) -> str:
     for peer in result.peers:
         parts.setdefault((peer.group, peer.lie), []).append(peer)
     rows = [
-        [group, lie or "honest", f"{len(peers):,}", *_figures(peers, codes)] for (group, lie), peers in parts.items()
+        [group, f"lie: {lie}" if lie else "honest", f"{len(peers):,}", *_figures(peers, codes)]
+        for (group, lie), peers in parts.items()
     ]
-    table = _table(["group", "", "peers", *_FIGURES], rows, numbers=len(_FIGURES) + 1, is_right=True)
+    table = _table([("group", ""), ("behaviour", ""), ("peers", "n"), *_FIGURES], rows, css="figures")
     return f"<h2>What each group gave</h2>{table}"
 
 
@@ -218,34 +255,35 @@ def _peers(result: Result) -> str:
     ranked = sorted(result.peers, key=lambda peer: (-peer.codes, peer.peer))
     rows = []
     for peer in ranked[:PEERS_MAX]:
-        what = ", ".join(filter(None, [peer.lie and f"liar: {peer.lie}", peer.stopped and f"stopped: {peer.stopped}"]))
+        what = ", ".join(filter(None, [peer.lie and f"lie: {peer.lie}", peer.stopped and f"stopped: {peer.stopped}"]))
         slots = ", ".join(map(str, peer.slots[:4])) + (" …" if len(peer.slots) > 4 else "")
         own = [f"{peer.probes_per_s:.3g}", amounts.seconds(peer.present_s)]
-        rows.append([peer.name, peer.group, slots, what, *own, *_figures([peer], codes)])
+        rows.append([peer.name, slots, *own, *_figures([peer], codes), what])
     rest = ranked[PEERS_MAX:]
     if rest:
         here = amounts.seconds(sum(peer.present_s for peer in rest))
-        rows.append([f"{len(rest):,} others, together", "", "", "", "", here, *_figures(rest, codes)])
-    heads = ["peer", "group", "slot", "", "probes/s", "there for", *_FIGURES]
-    table = _table(heads, rows, numbers=len(_FIGURES) + 2, is_right=True, has_sum=bool(rest))
+        rows.append([f"{len(rest):,} others", "", "", here, *_figures(rest, codes), ""])
+    heads = [("peer", ""), ("slot", ""), ("probes/s", "n"), ("there for", "n"), *_FIGURES, ("remarks", "said")]
+    if not any(row[-1] for row in rows):
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    table = _table(heads, rows, has_sum=bool(rest), css="figures")
     shown = f", the {PEERS_MAX} who gave most" if rest else ""
     return f"<h2>What each peer gave{shown}</h2>{table}"
 
 
 def _table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int, is_right: bool = False, has_sum: bool = False
+    heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], *, has_sum: bool = False, css: str = "listed"
 ) -> str:
-    """Return a table whose first (or last) `numbers` columns are numbers."""
-    columns = range(len(heads))
-    kinds = ["n" if (column >= len(heads) - numbers if is_right else column < numbers) else "" for column in columns]
-    head = "".join(f'<th class="{kind}">{_said(name)}</th>' for kind, name in zip(kinds, heads, strict=True))
+    """Return a table; a column has a heading and a kind: "n" for numbers, "said" for sentences, or ""."""
+    head = "".join(f'<th class="{kind}">{_said(name)}</th>' for name, kind in heads)
     lines = [
-        "".join(f'<td class="{kind}">{_said(cell)}</td>' for kind, cell in zip(kinds, row, strict=True)) for row in rows
+        "".join(f'<td class="{kind}">{_said(cell)}</td>' for (_, kind), cell in zip(heads, row, strict=True))
+        for row in rows
     ]
     body = "".join(f"<tr>{line}</tr>" for line in (lines[:-1] if has_sum else lines))
     last = f'<tr class="sum">{lines[-1]}</tr>' if has_sum else ""
     whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}{last}</tbody></table>"
-    return f'<div class="card scroll narrow">{whole}</div>'
+    return f'<div class="card scroll {css}">{whole}</div>'
 
 
 def _again(result: Result, command: str) -> str:

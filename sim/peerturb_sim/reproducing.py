@@ -20,7 +20,7 @@ from peerturb_coordinator.trace_format import ContributionLine, EvaluationLine, 
 from peerturb_sim.assigning import assign
 from peerturb_sim.compare import Comparison, compare_logs, lines, log_records
 from peerturb_sim.reproduction import Reproduction
-from peerturb_sim.running import SAY_EVERY_S
+from peerturb_sim.running import Display
 from peerturb_sim.scenario import RealSpec
 from peerturb_sim.simulation import LOG_NAME
 from peerturb_sim.trace import Trace, TraceError
@@ -159,37 +159,14 @@ def _target(out: Path, log: Path) -> Path:
 
 def _write(target: Path, log: Path, made: Iterator[tuple[bytes, Record]], rounds: int) -> None:
     """Write records until the recorded log ends or differs; nothing after a difference could be equal."""
-    display = _Display(rounds)
-    with LogWriter.open(target) as writer:
+    with LogWriter.open(target) as writer, Display() as display:
         # The recorded log first: where it ends nothing more is asked for.
         for (wanted, _), (payload, record) in zip(log_records(log), made, strict=False):
             writer.append_payload(payload)
             if isinstance(record, RoundSealed):
-                display.show(record)
+                display.show(f"round {record.round + 1}/{rounds}, loss {record.loss:.4g}")
             if payload != wanted:
                 break
-    display.close()
-
-
-class _Display:
-    """Progress on standard error: one line that is rewritten on a terminal, a line every few seconds elsewhere."""
-
-    def __init__(self, rounds: int) -> None:
-        self._rounds = rounds
-        self._is_terminal = sys.stderr.isatty()
-        self._said_s = time.monotonic()
-
-    def show(self, sealed: RoundSealed) -> None:
-        now_s = time.monotonic()
-        if now_s - self._said_s >= SAY_EVERY_S * (1 if self._is_terminal else 5):
-            self._said_s = now_s
-            text = f"round {sealed.round + 1}/{self._rounds}, loss {sealed.loss:.4g}"
-            sys.stderr.write(f"\r\033[K{text}" if self._is_terminal else f"{text}\n")
-            sys.stderr.flush()
-
-    def close(self) -> None:
-        if self._is_terminal:
-            sys.stderr.write("\r\033[K")
 
 
 def _report(found: Comparison, log: Path, target: Path, trace: Trace, *, seconds: float) -> dict[str, Any]:

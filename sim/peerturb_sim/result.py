@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from peerturb.errors import PeerturbError
 
 FORMAT = "peerturb-sim-result"
@@ -72,6 +74,7 @@ class FaultRow:
     who: str
     """`coordinator`, or a peer's name; for partitions the number of peers."""
     text: str = ""
+    """What became of it; of a corruption that lasted to the end, whether the weights were still wrong then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +154,10 @@ class Result:
     """Refusals by code, those that happened."""
     bytes_up: int = 0
     bytes_down: int = 0
+    is_interrupted: bool = False
+    """Whether somebody stopped the simulation: another run of it goes further."""
+    waiting_for: str = ""
+    """What the open round waited for where the run ended before all were sealed."""
 
     def to_json(self) -> str:
         """Return the document; numbers that JSON does not have (NaN, infinities) become null."""
@@ -174,10 +181,11 @@ class Result:
         if version != VERSION:
             raise ResultError(f"{source} has version {version}; this program reads version {VERSION}: simulate again")
         try:
-            rows = {name: [kind(**row) for row in document.pop(name)] for name, kind in _ROWS.items()}
-            return cls(**{**document, **rows, "log": LogRow(**document["log"])})
-        except (TypeError, KeyError) as error:
-            raise ResultError(f"{source} is not a whole result: {error}") from error
+            return TypeAdapter(cls).validate_python(document)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ResultError(f"{source} is not a whole result: {where}: {first['msg']}; simulate again") from error
 
     @classmethod
     def read(cls, path: Path) -> "Result":
@@ -189,16 +197,8 @@ class Result:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"), source=str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise ResultError(f"cannot read {path}: {error}") from error
-
-
-_ROWS: dict[str, Any] = {
-    "rounds": RoundRow,
-    "evaluations": EvaluationRow,
-    "faults": FaultRow,
-    "peers": PeerRow,
-    "broken": BrokenRow,
-}
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ResultError(f"cannot read {path}: {why}; `peerturb sim run SCENARIO.toml` writes one") from error
 
 
 def _finite(value: Any) -> Any:

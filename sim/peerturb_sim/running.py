@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,8 +14,8 @@ from peerturb_sim.scenario import Scenario
 from peerturb_sim.simulation import RESULT_NAME, Progress, simulate
 from peerturb_sim.swarm import Outcome, run_swarm
 
-SAY_EVERY_S = 1.0
-"""Real time between two lines of progress."""
+SAY_TERMINAL_S, SAY_ELSEWHERE_S = 0.5, 5.0
+"""Real time between two lines of progress, where a line replaces the one before and where all stay."""
 
 
 class BrokenRunError(PeerturbError):
@@ -26,14 +28,18 @@ def run_scenario(path: Path, *, seed: int | None, out: Path, as_json: bool) -> N
     Raises:
         SpecError: the scenario, a trace or `out` cannot be used.
         BrokenRunError: an invariant was broken; log and result are written all the same.
+        KeyboardInterrupt: the user had enough; log and result of what there was are written.
     """
     scenario = Scenario.load(path)
     if seed is not None:
         scenario = scenario.model_copy(update={"seed": seed})
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with Display(scenario) as display:
-            result = simulate(scenario, folder=path.parent, out=out, progress=display.show)
+        (out / RESULT_NAME).unlink(missing_ok=True)  # of an earlier run, whose log goes now
+        with Display() as display:
+            result = simulate(
+                scenario, folder=path.parent, out=out, progress=lambda state: display.show(_progress(state, scenario))
+            )
         (out / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
     except OSError as error:
         raise SpecError(f"--out {out}: {error.strerror}; name a folder that can be written to") from error
@@ -44,13 +50,22 @@ def run_scenario(path: Path, *, seed: int | None, out: Path, as_json: bool) -> N
             f"after {row.at_s:.3f} virtual seconds {row.name} was broken: {row.text}; "
             f"again: peerturb sim run {path} --seed {scenario.seed} --out {out}"
         )
+    if result.is_interrupted:
+        raise KeyboardInterrupt
+
+
+def _progress(state: Progress, scenario: Scenario) -> str:
+    loss = "-" if math.isnan(state.loss) else f"{state.loss:.4g}"
+    return (
+        f"round {state.rounds}/{scenario.round.count}, loss {loss}, {state.running} peers, "
+        f"{state.virtual_s:.0f} virtual seconds"
+    )
 
 
 class Display:
     """Progress on standard error: one line that is rewritten on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, scenario: Scenario) -> None:
-        self._rounds = scenario.round.count
+    def __init__(self) -> None:
         self._is_terminal = sys.stderr.isatty()
         self._said_s = time.monotonic()
 
@@ -58,21 +73,31 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._is_terminal:
-            sys.stderr.write("\r\033[K")
+        self._clear()
 
-    def show(self, progress: Progress) -> None:
-        """Show how far the world has come."""
+    def show(self, text: str) -> None:
+        """Show how far it has come, if the last time was not just now."""
         now_s = time.monotonic()
-        if now_s - self._said_s < SAY_EVERY_S * (1 if self._is_terminal else 5):
+        if now_s - self._said_s < (SAY_TERMINAL_S if self._is_terminal else SAY_ELSEWHERE_S):
             return
         self._said_s = now_s
-        text = (
-            f"round {progress.rounds}/{self._rounds}, loss {progress.loss:.4g}, {progress.running} peers, "
-            f"{progress.virtual_s:.0f} virtual seconds"
-        )
-        sys.stderr.write(f"\r\033[K{text}" if self._is_terminal else f"{text}\n")
+        if self._is_terminal:
+            self._clear()
+            # A line that wraps could not be taken back.
+            sys.stderr.write(text[: shutil.get_terminal_size().columns - 1])
+        else:
+            sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+    def say(self, text: str) -> None:
+        """Print lines that stay."""
+        self._clear()
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    def _clear(self) -> None:
+        if self._is_terminal:
+            sys.stderr.write("\r\033[K")
 
 
 def run_seeds(*, first: int, seeds: int, seconds: float | None, as_json: bool) -> None:
@@ -82,25 +107,27 @@ def run_seeds(*, first: int, seeds: int, seconds: float | None, as_json: bool) -
         BrokenRunError: some seeds broke an invariant.
     """
 
+    done = [0, 0]
+
     def show(outcome: Outcome) -> None:
         if (broken := outcome.broken) is not None:
-            sys.stderr.write(
-                f"seed {outcome.seed} ({outcome.mix}): {broken.name} at {broken.at_s:.3f} s\n{broken.text}\n"
-            )
-        elif sys.stderr.isatty():
-            sys.stderr.write(f"\r\033[Kseed {outcome.seed}: {outcome.rounds} rounds, {outcome.crashes} crashes")
-        sys.stderr.flush()
+            head = f"seed {outcome.seed} ({outcome.mix}): {broken.name} at {broken.at_s:.3f} s"
+            display.say(f"{head}\n{broken.text}")
+        done[0] += 1
+        done[1] += broken is not None
+        display.show(f"{done[0]}/{seeds} seeds, {done[1]} broken; seed {outcome.seed}: {outcome.rounds} rounds")
 
-    outcomes = run_swarm(first=first, seeds=seeds, seconds=seconds, show=show)
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\033[K")
+    with Display() as display:
+        outcomes = run_swarm(first=first, seeds=seeds, seconds=seconds, show=show)
     broken = [outcome.broken for outcome in outcomes if outcome.broken is not None]
     if as_json:
         sys.stdout.write(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1) + "\n")
     else:
         crashes, rounds = sum(one.crashes for one in outcomes), sum(one.rounds for one in outcomes)
+        unnoticed = sum(len(one.unnoticed) for one in outcomes)
         sys.stdout.write(
-            f"{len(outcomes)} of {seeds} seeds, {rounds} rounds, {crashes} crashes: {len(broken)} broken\n"
+            f"{len(outcomes)} of {seeds} seeds, {rounds} rounds, {crashes} crashes, {unnoticed} bits flipped too late "
+            f"to be noticed: {len(broken)} broken\n"
         )
     if broken:
         again = "\n".join(f"  {one.name}: {one.command}" for one in broken)
@@ -111,7 +138,7 @@ def summary(result: Result, out: Path) -> str:
     """Say in a few lines what became of a run."""
     losses = [row.loss for row in result.rounds if row.loss is not None]
     fell = f"loss {losses[0]:.4g} to {losses[-1]:.4g}" if losses else "no finite loss"
-    ended = "finished" if result.is_finished else "not finished in time"
+    ended = "finished" if result.is_finished else "not finished" if result.is_interrupted else "not finished in time"
     took = sum(row.sealed_s - row.opened_s for row in result.rounds) / max(len(result.rounds), 1)
     gave = sum(1 for row in result.peers if row.contributions)
     seals = ", ".join(f"{count} {reason}" for reason, count in result.seals.items())
@@ -120,8 +147,9 @@ def summary(result: Result, out: Path) -> str:
         f"{result.name}, seed {result.seed}: {ended}, {len(result.rounds)} rounds in {result.virtual_s:.1f} virtual "
         f"seconds ({took:.2f} s each), {fell}\n"
         f"  peers    {gave} of {len(result.peers)} gave something\n"
-        f"  sealed   {seals}\n"
-        f"  refused  {refused}\n"
+        f"  sealed   {seals or 'nothing'}\n"
+        + ("" if result.is_finished else f"  waits    {result.waiting_for}\n")
+        + f"  refused  {refused}\n"
         f"  bytes    {result.bytes_up:,} up, {result.bytes_down:,} down, log {result.log.bytes:,}\n"
         f"  faults   {len(result.faults)}\n"
         f"  written  {out / result.log.file}, {out / RESULT_NAME}\n"

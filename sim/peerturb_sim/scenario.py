@@ -3,10 +3,9 @@
 It only describes; `peerturb_sim.world` makes it happen. Rates are Poisson, drawn from the seed per peer and purpose.
 """
 
-import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -14,6 +13,7 @@ from peerturb import limits
 from peerturb.errors import SpecError
 from peerturb.manifest import DType
 from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, Section, StepSpec
+from peerturb_sim.complaints import MisplacedError, explain
 
 Lie = Literal["random", "flipped", "extreme", "replayed", "stale", "silent", "digest"]
 """What a liar sends: random codes; its codes with their signs flipped; always +-127; its codes of the round
@@ -68,12 +68,12 @@ class LifeSpec(Section):
     @model_validator(mode="after")
     def _ways_do_not_mix(self) -> Self:
         if self.arrive_s[0] < 0 or self.arrive_s[0] > self.arrive_s[1]:
-            raise ValueError(f"arrive_s {list(self.arrive_s)} is not a range: write [earliest, latest]")
+            raise MisplacedError(("arrive_s",), f"{list(self.arrive_s)} is not a range: write [earliest, latest]")
         if self.trace and self.model_fields_set - {"trace"}:
             others = ", ".join(sorted(self.model_fields_set - {"trace"}))
-            raise ValueError(f"a trace says when peers come and go; leave out {others}")
+            raise MisplacedError(("trace",), f"a trace says when peers come and go: leave out {others}")
         if self.day_s and (self.stay_s or self.away_s):
-            raise ValueError("day_s says when a peer comes and goes; leave out stay_s and away_s")
+            raise MisplacedError(("day_s",), "it says when a peer comes and goes: leave out stay_s and away_s")
         return self
 
 
@@ -81,7 +81,7 @@ class GroupSpec(Section):
     """Peers of one kind."""
 
     name: str = Field(min_length=1, max_length=40, pattern=r"^[\w.-]+$")
-    count: int = Field(ge=1, le=limits.SLOTS_MAX)
+    count: int = Field(ge=1)
     line: LineSpec | str = "home"
     """A line's name, or a table of its own."""
     probes_per_s: Range = (20.0, 60.0)
@@ -109,9 +109,11 @@ class GroupSpec(Section):
     def _values_fit(self) -> Self:
         low, high = self.probes_per_s
         if not 0 < low <= high:
-            raise ValueError(f"probes_per_s {[low, high]} is not a range of positive speeds: write [slowest, fastest]")
+            text = f"{[low, high]} is not a range of positive speeds: write [slowest, fastest]"
+            raise MisplacedError(("probes_per_s",), text)
         if isinstance(self.line, str) and self.line not in LINES:
-            raise ValueError(f"there is no line {self.line!r}; there are {', '.join(LINES)}, or write a table")
+            text = f"there is no line {self.line!r}; there are {', '.join(LINES)}, or write a table"
+            raise MisplacedError(("line",), text)
         return self
 
     @property
@@ -195,20 +197,28 @@ class Scenario(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        names = [group.name for group in self.peers]
-        if len(set(names)) < len(names):
-            raise ValueError("two groups of peers have the same name")
-        if self.total_peers > limits.SLOTS_MAX:
-            raise ValueError(
-                f"there are {self.total_peers} peers, more than the {limits.SLOTS_MAX} slots of a run: lower the counts"
-            )
-        for fault in self.faults:
+        names: list[str] = []
+        total = 0
+        for number, group in enumerate(self.peers):
+            if group.name in names:
+                raise MisplacedError(
+                    ("peers", number, "name"), f"an earlier group is called {group.name!r} too: rename"
+                )
+            names.append(group.name)
+            total += group.count
+            if total > limits.SLOTS_MAX:
+                so_far = f"with this group there are {total:,} peers"
+                text = f"{so_far}, more than the {limits.SLOTS_MAX:,} slots of a run: lower the counts"
+                raise MisplacedError(("peers", number, "count"), text)
+        for number, fault in enumerate(self.faults):
             if fault.group and fault.group not in names:
-                raise ValueError(f"a fault names the group {fault.group!r}; there are {', '.join(names)}")
+                text = f"there is no group {fault.group!r}; there are {', '.join(names)}"
+                raise MisplacedError(("faults", number, "group"), text)
         if self.perturbation.sides != "two":
-            raise ValueError("the toy objective is measured on both sides: leave out perturbation.sides")
+            text = "virtual peers measure both sides: leave it out"
+            raise MisplacedError(("perturbation", "sides"), text)
         if not self.round.count:
-            raise ValueError("round.count is 0, a run without an end: give the number of rounds to simulate")
+            raise MisplacedError(("round", "count"), "0 is a run without an end: give the number of rounds to simulate")
         return self
 
     @property
@@ -226,35 +236,13 @@ class Scenario(Section):
         try:
             text = path.read_text(encoding="utf-8")
             document = tomllib.loads(text)
+        except IsADirectoryError as error:
+            raise SpecError(f"{path} is a folder: name a scenario, a .toml file") from error
         except OSError as error:
-            raise SpecError(f"cannot read {path}: {error.strerror or error}") from error
+            raise SpecError(f"cannot read {path}: {error.strerror or error}; name a scenario, a .toml file") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SpecError(f"{path} is not TOML: {error}") from error
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            raise SpecError(f"{path} is not a valid scenario: {_explain(error, text)}") from error
-
-
-def _explain(error: ValidationError, text: str) -> str:
-    """One line per wrong key: where, in which line of the file, what is wrong, what was given."""
-    rows = []
-    for item in error.errors(include_url=False):
-        where = ".".join(map(str, item["loc"])) or "scenario"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "there is no such key: correct its name or leave it out"
-        given: Any = item.get("input")
-        shown = f" (given: {given!r:.60})" if isinstance(given, str | int | float | bool) else ""
-        rows.append(f"{where}{_line_of(item['loc'], text)}: {message}{shown}")
-    return "; ".join(rows)
-
-
-def _line_of(location: tuple[int | str, ...], text: str) -> str:
-    """Return ` (line N)` where the last named key stands in one line only; empty otherwise."""
-    key = next((part for part in reversed(location) if isinstance(part, str)), None)
-    if key is None:
-        return ""
-    pattern = re.compile(rf"(^|[{{,.\[])\s*{re.escape(key)}\s*([=.\]]|\]\])")
-    lines = [number for number, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
-    return f" (line {lines[0]})" if len(lines) == 1 else ""
+            raise SpecError(f"{path} is not a valid scenario: {explain(error, text, cls)}") from error

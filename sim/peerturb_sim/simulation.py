@@ -9,6 +9,7 @@ from pathlib import Path
 from peerturb_sim.checks import BrokenInvariantError
 from peerturb_sim.fidelity import compute_of
 from peerturb_sim.life import populate
+from peerturb_sim.liveness import Liveness
 from peerturb_sim.peer import Peer
 from peerturb_sim.result import BrokenRow, LogRow, PeerRow, Result
 from peerturb_sim.scenario import Scenario
@@ -65,21 +66,24 @@ def build(scenario: Scenario, *, folder: Path, out: Path, chaos: Chaos | None = 
 def simulate(
     scenario: Scenario, *, folder: Path, out: Path, progress: Callable[[Progress], None] = lambda _: None
 ) -> Result:
-    """Let a scenario happen; write its log into `out` and return its result.
+    """Let a scenario happen; write its log into `out` and return its result, also where Ctrl-C cuts it short.
 
     Raises:
         PeerturbError: a trace, a model, data or a cluster cannot be used.
     """
     world = build(scenario, folder=folder, out=out)
     broken: list[BrokenRow] = []
+    is_interrupted = False
     with _quiet_collector():
         try:
             run_to_end(world, until_s=scenario.until_s, progress=progress)
         except BrokenInvariantError as error:
             broken.append(BrokenRow(at_s=world.events.elapsed_s, name=error.name, text=error.text))
+        except KeyboardInterrupt:
+            is_interrupted = True
         finally:
             world.compute.close()
-    return gather(world, scenario, broken)
+    return gather(world, scenario, broken, is_interrupted=is_interrupted)
 
 
 @contextmanager
@@ -99,8 +103,10 @@ def run_to_end(world: World, *, until_s: float, progress: Callable[[Progress], N
     Raises:
         BrokenInvariantError: what a checker saw.
     """
+    liveness = Liveness(world)
     while not world.is_finished and world.events.elapsed_s < until_s:
         world.run(until_s=min(until_s, world.events.elapsed_s + STEP_S), done=lambda: world.is_finished)
+        liveness.look()
         ledger = world.log.ledger
         progress(
             Progress(
@@ -124,9 +130,10 @@ def run_to_end(world: World, *, until_s: float, progress: Callable[[Progress], N
     world.checks.ended(world.coordinator.disk.path)
 
 
-def gather(world: World, scenario: Scenario, broken: list[BrokenRow]) -> Result:
+def gather(world: World, scenario: Scenario, broken: list[BrokenRow], *, is_interrupted: bool = False) -> Result:
     """Put a world's rows together."""
     log, coordinator = world.log, world.coordinator
+    world.recorder.ended()
     return Result(
         name=scenario.name,
         seed=world.seed,
@@ -134,6 +141,8 @@ def gather(world: World, scenario: Scenario, broken: list[BrokenRow]) -> Result:
         scenario=scenario.model_dump(mode="json"),
         spec_digest=world.spec.digest.hex(),
         is_finished=world.is_finished,
+        is_interrupted=is_interrupted,
+        waiting_for="" if world.is_finished else world.waiting_for,
         virtual_s=world.events.elapsed_s,
         log=LogRow(
             file=LOG_NAME,

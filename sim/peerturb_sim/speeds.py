@@ -10,7 +10,15 @@ from typing import Protocol
 from peerturb_node.doctor.machine import memory_needed
 from peerturb_sim import amounts
 from peerturb_sim.cards import Card
-from peerturb_sim.factors import CPU_EFFICIENCY, CPU_UPDATE_RATE, GPU_EFFICIENCY, STEP_HALF, STEP_SINGLE, Factor
+from peerturb_sim.factors import (
+    CPU_EFFICIENCY_HALF,
+    CPU_EFFICIENCY_SINGLE,
+    CPU_UPDATE_RATE,
+    GPU_EFFICIENCY,
+    STEP_HALF,
+    STEP_SINGLE,
+    Factor,
+)
 from peerturb_sim.jobs import BYTES, Job
 
 FORWARD_TOKENS = {"cpu": 4_096, "gpu": 65_536}
@@ -33,6 +41,8 @@ class Machine(Protocol):
     memory_bytes: float
     factors: tuple[Factor, ...]
     """What its answers rest on."""
+    source: str
+    """Where its own figures come from; empty where nobody says."""
 
     def probing(self, job: Job, probes: int) -> Work:
         """Return the time of a contribution of so many probes."""
@@ -61,12 +71,15 @@ class TableCard:
 
     def __init__(self, card: Card, efficiency: float | None = None) -> None:
         self._card = card
-        self.title = card.title
+        self.title, self.source = card.title, card.source
         self.watts: float | None = card.watts
         self.memory_bytes = card.memory_gib * 2.0**30
-        known = GPU_EFFICIENCY if card.kind == "gpu" else CPU_EFFICIENCY
-        self._efficiency = known if efficiency is None else Factor(value=efficiency, source="efficiency: --efficiency")
-        self.factors: tuple[Factor, ...] = (self._efficiency, STEP_SINGLE, STEP_HALF)
+        self._single = self._half = GPU_EFFICIENCY
+        if card.kind == "cpu":
+            self._single, self._half = CPU_EFFICIENCY_SINGLE, CPU_EFFICIENCY_HALF
+        if efficiency is not None:
+            self._single = self._half = Factor(value=efficiency, source="efficiency: --efficiency")
+        self.factors: tuple[Factor, ...] = (*dict.fromkeys((self._single, self._half)), STEP_SINGLE, STEP_HALF)
         if card.kind == "cpu":
             self.factors = (*self.factors, CPU_UPDATE_RATE)
 
@@ -75,17 +88,17 @@ class TableCard:
         card, model = self._card, job.model
         is_single = job.compute_dtype == "float32"
         peak = card.tflops_single if is_single else card.tflops_half
-        step = STEP_SINGLE if is_single else STEP_HALF
+        step, efficiency = (STEP_SINGLE, self._single) if is_single else (STEP_HALF, self._half)
         passes = job.passes(probes)
         tokens = passes * job.tokens
         work = 2.0 * model.parameters * tokens
-        computing = work / (peak * 1e12 * self._efficiency.value)
+        computing = work / (peak * 1e12 * efficiency.value)
         forwards = math.ceil(tokens / FORWARD_TOKENS[card.kind])
         each = min(job.weight_bytes, model.parameters * BYTES[job.compute_dtype])
         reading = forwards * each / (card.bandwidth * 1e9)
         said = f"{passes:,} examples x {job.tokens} tokens x 2 x {amounts.many(model.parameters, 'parameters')}"
         if computing >= reading:
-            said += f" = {amounts.many(work, 'FLOP')} / ({peak:g} TFLOP/s x {self._efficiency.value:g})"
+            said += f" = {amounts.many(work, 'FLOP')} / ({peak:g} TFLOP/s x {efficiency.value:g})"
         else:
             said = (
                 f"{said.partition(' x 2 ')[0]}: {forwards} x {amounts.size(each)} of weights read at "
@@ -103,9 +116,9 @@ class TableCard:
             product = codes * trained / rate
             said = f"/ ({card.cores} cores x {amounts.many(CPU_UPDATE_RATE.value, '/s')})"
         else:
-            rate = card.tflops_half * 1e12 * self._efficiency.value
+            rate = card.tflops_half * 1e12 * self._half.value
             product = 2.0 * codes * trained / rate
-            said = f"x 2 / ({card.tflops_half:g} TFLOP/s x {self._efficiency.value:g})"
+            said = f"x 2 / ({card.tflops_half:g} TFLOP/s x {self._half.value:g})"
         return Work(
             seconds=product + passes,
             sum=(

@@ -18,6 +18,7 @@ from peerturb_sim.checks import BrokenInvariantError
 from peerturb_sim.compute import Compute
 from peerturb_sim.events import stream
 from peerturb_sim.fidelity import compute_of
+from peerturb_sim.liveness import GOES_ON_S
 from peerturb_sim.peer import Peer
 from peerturb_sim.scenario import FaultSpec, GroupSpec, Lie, LifeSpec, LineSpec, Scenario, ToySpec
 from peerturb_sim.simulation import build
@@ -25,8 +26,6 @@ from peerturb_sim.world import Chaos, World
 
 SAFETY_S = 60.0
 """Virtual time in which anything may fail."""
-LIVENESS_S = 900.0
-"""Virtual time after the faults in which the run must end."""
 ROUNDS = 60
 NOTICED_ROUNDS = 3
 """Rounds with the others in which a peer must notice that its memory was faulty."""
@@ -56,6 +55,8 @@ class Outcome:
     """What was drawn, in words."""
     rounds: int
     crashes: int
+    unnoticed: tuple[str, ...]
+    """Peers that ended with a flipped bit which nobody could tell them of: no digest follows the last round."""
     broken: Broken | None
 
 
@@ -156,6 +157,7 @@ def run_seed(seed: int, out: Path) -> Outcome:
         mix=_in_words(scenario, chaos),
         rounds=world.log.ledger.sealed_rounds,
         crashes=world.coordinator.crashes + sum(peer.tally.crashes for peer in world.peers),
+        unnoticed=tuple(world.recorder.ended()),
         broken=broken,
     )
 
@@ -188,7 +190,7 @@ def must_end(world: World, compute: Compute) -> None:
     honest = [peer for peer in world.peers if peer.liar is None]
     healed_at = world.log.ledger.sealed_rounds
     measured = {peer.index: peer.tally.measured for peer in honest}
-    until_s = world.events.elapsed_s + LIVENESS_S
+    until_s = world.events.elapsed_s + GOES_ON_S
     if not world.run(until_s=until_s, done=lambda: world.is_finished and not any(p.is_running for p in honest)):
         raise BrokenInvariantError("goes_on", _stalled(world, honest))
     world.checks.ended(world.coordinator.disk.path)
@@ -209,11 +211,10 @@ def must_end(world: World, compute: Compute) -> None:
 
 def _stalled(world: World, honest: list[Peer]) -> str:
     ledger = world.log.ledger
-    status = None if world.coordinator.machine is None else world.coordinator.machine.status(world.now_ms).waiting_for
     waiting = ", ".join(peer.name for peer in honest if peer.is_running)
     return (
-        f"{LIVENESS_S:.0f} s after the faults {ledger.sealed_rounds} of {world.spec.round.count} rounds are sealed; "
-        f"the coordinator: {status}; still running: {waiting or 'nobody'}"
+        f"{GOES_ON_S:.0f} s after the faults {ledger.sealed_rounds} of {world.spec.round.count} rounds are sealed; "
+        f"the coordinator: {world.waiting_for}; still running: {waiting or 'nobody'}"
     )
 
 

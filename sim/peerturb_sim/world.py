@@ -90,6 +90,12 @@ class World:
         """The coordinator's time."""
         return self.events.now_ms
 
+    @property
+    def waiting_for(self) -> str:
+        """What the coordinator says that the open round waits for."""
+        machine = self.coordinator.machine
+        return "it is down" if machine is None else machine.status(self.now_ms).waiting_for
+
     def add(self, group: GroupSpec) -> Peer:
         """Put one more peer into the world; it does not run yet."""
         peer = Peer(self, len(self.peers), group)

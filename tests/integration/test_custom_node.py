@@ -59,11 +59,13 @@ if __name__ == "__main__":
 """
 
 
-def test_programs_train_their_own_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ["Tanh", "PReLU"], ids=["fast", "slow"])
+def test_programs_train_their_own_module(tmp_path: Path, activation: str) -> None:
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    text = PROGRAM.replace("Tanh", activation)
+    program.write_text(text)
     names: dict[str, Any] = {"__name__": "program"}
-    exec(PROGRAM, names)
+    exec(text, names)
     build, rows, loss = names["module"], names["data"], names["loss"]
     model = base_spec(build(), name="mlp")
     with network(tmp_path, "") as net:
@@ -83,6 +85,10 @@ def test_programs_train_their_own_module(tmp_path: Path) -> None:
         assert [node.wait() for node in (first, second)] == [0, 0], (first.errors, second.errors)
         assert coordinator.stop() == 0
         assert_digests_agree(first, second)
+        slow = [event["text"] for event in first.of("notice") if event["code"] == "slow"]
+        assert len(slow) == (activation == "PReLU"), "a module that is measured slowly is a node's event"
+        assert all("one forward for each probe and side" in text for text in slow)
+        assert "Warning" not in first.errors, "and no warning of Python's"
         losses = [event["loss"] for event in first.of("eval")]
         assert losses[-1] < losses[0] * 0.7
         log = net.export_log()

@@ -112,3 +112,15 @@ def test_a_loss_of_a_group_is_of_all_that_is_held_out() -> None:
     assert found is not None
     assert found.examples == len(held_out) > 64
     assert found.loss == pytest.approx(LocalRun(evaluator, spec, [ITEMS]).loss(held_out))
+
+
+def test_what_is_measured_slowly_is_told_and_not_warned_of() -> None:
+    assert build()[0].slowness is None
+    module = nn.Sequential(nn.Linear(3, 1), nn.PReLU())
+    spec = RunSpec(name="unit", model=base_spec(module, name="m"), objective=ObjectiveSpec(examples_per_probe=2))
+    evaluator = CustomEvaluator(
+        module, spec.model, ITEMS, loss=lambda outputs, batch: (outputs - batch[1]).square().mean(1)
+    )
+    compute = CustomCompute(spec, evaluator, ITEMS, base_digest=spec.model.digest)  # warnings are errors here
+    assert compute.slowness is not None
+    assert "the parameter 1.weight" in compute.slowness

@@ -246,3 +246,16 @@ def test_a_finished_run_is_not_connected_to_again() -> None:
     )
     assert [type(effect) for effect in drive(machine, [], 0)] == [Evaluate]
     assert machine.deadline_ms() is None
+
+
+@pytest.mark.parametrize("doubts", [True, False])
+def test_weights_that_the_coordinator_calls_wrong_are_rebuilt_unless_the_peer_never_doubts(doubts: bool) -> None:
+    shell = Shell(make_log(3))
+    shell.machine.doubts = doubts
+    shell.join(len(shell.log))
+    news = Refusal(code=RejectCode.DIGEST_MISMATCH, why="your weights differ", closes=False)
+    effects = shell.perform(list(shell.machine.receive(news, shell.now_ms)))
+    measured = Measured(round=RoundNumber(3), codes=b"" if doubts else b"\x01" * 4, loss=1.0, elapsed_ms=1.0)
+    effects += shell.perform(list(shell.machine.completed(measured, shell.now_ms)))
+    assert any(isinstance(effect, Rebuild) for effect in effects) == doubts
+    assert any(isinstance(effect, Say) for effect in effects) != doubts, "it contributes instead"

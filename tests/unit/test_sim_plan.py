@@ -147,8 +147,11 @@ def test_cards_by_name_and_number() -> None:
 
 
 def test_every_card_says_where_its_figures_are_from() -> None:
-    text = (Path(cli.__file__).parents[1] / "sim" / "peerturb_sim" / "cards.toml").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\[cards\.([\w-]+)\] # .{20,}$", text, re.MULTILINE)) == set(known_cards())
+    for name, card in known_cards().items():
+        assert re.search(r"https://\S+\.\w+/\S+.* \(?.*\d", card.source), name
+    shown = "\n".join(lines(_plan("2:rtx4090,1:t4")))
+    assert f"rtx4090  {known_cards()['rtx4090'].source}" in shown
+    assert known_cards()["a100"].source not in shown
 
 
 def test_a_table_of_ones_own(tmp_path: Path) -> None:

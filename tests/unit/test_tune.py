@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from peerturb import cli, codec
-from peerturb.errors import SpecError
+from peerturb.errors import ModelError, SpecError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.protocol.outputs import Measure
 from peerturb.protocol.records import RoundSealed
@@ -291,3 +291,15 @@ def test_model_prints_json_with_section_and_whole(run: Run) -> None:
     document = json.loads(out)
     assert document["run_toml"].count(document["toml"]) == 1
     assert RunSpec.from_document(tomllib.loads(document["run_toml"]), source="x").step.learning_rate == 1.5e-2
+
+
+def test_a_checkpoint_that_cannot_be_used_is_not_to_be_deleted(
+    tmp_path: Path, run_file: Path, files: TaskFiles
+) -> None:
+    spec, path = RunSpec.from_toml(run_file), tmp_path / "checkpoint.safetensors"
+    for content in (None, b"", b"not a checkpoint"):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ModelError, match=r"checkpoint.*name another one, or leave out --checkpoint") as refused:
+            tune(spec, settings_of(files), checkpoint=path, budget_s=1, probes=2)
+        assert "delete" not in str(refused.value)

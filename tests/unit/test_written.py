@@ -96,6 +96,11 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "in place": lambda: Texts(Held(WIDTH), add_in_place),
     "assignment": lambda: Texts(Held(WIDTH), begin),
     "sliced positions": lambda: Texts(Held(1, 9, WIDTH), lambda layer, x: x + layer.weight[:, : x.shape[1]]),
+    "number": lambda: Texts(Held(1), lambda layer, x: x * layer.weight.item()),
+    "list of numbers": lambda: Texts(
+        Held(WIDTH), lambda layer, x: x * torch.tensor(layer.weight.tolist(), dtype=x.dtype)
+    ),
+    "condition": lambda: Texts(Held(1), lambda layer, x: x * (float(layer.weight) if layer.weight > 0 else 2.0)),
     "positions of data": lambda: Texts(Held(TOKENS, WIDTH), lambda layer, x: x + layer.weight.data),
 }
 

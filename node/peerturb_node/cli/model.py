@@ -1,7 +1,7 @@
 """`peerturb model`: a base model's digest and tensors, and a RUN.toml to start from."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ from peerturb import limits
 if TYPE_CHECKING:
     from peerturb.manifest import Manifest
     from peerturb.spec import ModelSpec
+    from peerturb.zo.quantised import Packing
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -61,52 +62,87 @@ def model(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print a model's digest, its trainable tensors, and a whole RUN.toml with values that suit its size."""
-    from peerturb.errors import SpecError
-    from peerturb.manifest import manifest_digest
-    from peerturb.presets import model_toml, run_toml
-    from peerturb.zo.adapters import attach_adapter
-    from peerturb.zo.kinds import Task, kind_of, positions_max
-    from peerturb.zo.model import base_digest, build_manifest, load_model
-    from peerturb.zo.quantised import Packing, quantise_base
     from peerturb_node.cli.output import check_new, write_new
 
     _check(dtype, adapter, target, quantise, objective, classes)
     target_file = None if out is None else check_new(out)
+    chosen = {"kind": adapter, "rank": rank, "targets": target or ["*"]} if adapter is not None else None
+    asked = {"dtype": dtype, "exclude": exclude or [], "adapter": chosen, "quantise": quantise}
+    found = _examine(name, label, asked, classes=classes, seed=seed, objective=objective)
+    if target_file is not None:
+        write_new(target_file, found.run_toml)
+    if as_json:
+        typer.echo(json.dumps(found.document(), indent=2))
+        return
+    _show(found.spec, found.manifest, found.kind)
+    if found.packing is not None:
+        typer.echo(f"\n{found.packing.text}")
+    if classes:
+        typer.echo(f'\nThe digest holds for objective.kind = "classes" with {classes} classes and seed = {seed}')
+    typer.echo(f"\n{found.run_toml}" if out is None else f"\nRunSpec written to {out}: look at its [objective]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What is known of a model once it has been loaded."""
+
+    spec: "ModelSpec"
+    manifest: "Manifest"
+    packing: "Packing | None"
+    kind: str
+    """Its class."""
+    run_toml: str
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        from peerturb.manifest import manifest_digest
+        from peerturb.presets import model_toml
+
+        document = _document(self.spec, self.manifest, manifest_digest(self.manifest), self.kind)
+        packing = None if self.packing is None else asdict(self.packing)
+        return {**document, "quantised": packing, "toml": model_toml(self.spec), "run_toml": self.run_toml}
+
+
+def _examine(
+    name: str, label: str | None, asked: dict[str, Any], *, classes: int, seed: int, objective: str | None
+) -> _Found:
+    """Load a model and write a RunSpec for it.
+
+    Args:
+        name: hub name or folder.
+        label: its name in the RunSpec, if another.
+        asked: the rest of the section `[model]`, but for the digest.
+        classes: of a head; 0 for none.
+        seed: the RunSpec's.
+        objective: its kind; None: what suits the model.
+    """
+    from peerturb.errors import SpecError
+    from peerturb.presets import run_toml
+    from peerturb.zo.adapters import attach_adapter
+    from peerturb.zo.kinds import Task, kind_of, positions_max
+    from peerturb.zo.model import base_digest, build_manifest, load_model
+    from peerturb.zo.quantised import Packing, quantise_base
+
     folder = Path(name).expanduser()
     shown_name = label or (folder.resolve().name if folder.is_dir() else name)
-    chosen = {"kind": adapter, "rank": rank, "targets": target or ["*"]} if adapter is not None else None
-    planned = {"name": shown_name, "dtype": dtype, "exclude": exclude or [], "adapter": chosen, "quantise": quantise}
-    title = Path(shown_name).name[: limits.NAME_CHARS_MAX]
+    planned, title = {"name": shown_name, **asked}, Path(shown_name).name[: limits.NAME_CHARS_MAX]
     # What no RunSpec accepts is told before the model is loaded.
-    _read(title, seed, {**planned, "digest": "0" * 64})
-    loaded, _ = load_model(name, dtype, task=Task(classes=classes, seed=seed))  # type: ignore[arg-type]
+    dtype = _read(title, seed, {**planned, "digest": "0" * 64}).dtype
+    loaded, _ = load_model(name, dtype, task=Task(classes=classes, seed=seed))
     is_written = kind_of(loaded) == "seq2seq"
     if is_written and objective == "text":
         raise SpecError("--objective text: an encoder-decoder is scored on what it writes; use completion or labels")
     kind = objective or ("classes" if classes else "completion" if is_written else "text")
-    quantise_base(loaded, quantise)  # type: ignore[arg-type]
-    spec = _read(title, seed, {**planned, "digest": base_digest(loaded, dtype)})  # type: ignore[arg-type]
+    quantise_base(loaded, asked["quantise"])
+    spec = _read(title, seed, {**planned, "digest": base_digest(loaded, dtype)})
     attach_adapter(loaded, spec, seed=seed)
     manifest = build_manifest(loaded, spec)
-    packing = Packing.of(loaded, {entry.name for entry in manifest})
-    total = sum(entry.elements for entry in manifest)
-    section = model_toml(spec)
     whole = run_toml(
-        spec, name=title, parameters=total, kind=kind, seed=seed, classes=classes, positions_max=positions_max(loaded)
-    )
-    if target_file is not None:
-        write_new(target_file, whole)
-    if as_json:
-        document = _document(spec, manifest, manifest_digest(manifest), type(loaded).__name__)
-        document["quantised"] = None if packing is None else asdict(packing)
-        typer.echo(json.dumps({**document, "toml": section, "run_toml": whole}, indent=2))
-        return
-    _show(spec, manifest, type(loaded).__name__)
-    if packing is not None:
-        typer.echo(f"\n{packing.text}")
-    if classes:
-        typer.echo(f'\nThe digest holds for objective.kind = "classes" with {classes} classes and seed = {seed}')
-    typer.echo(f"\n{whole}" if out is None else f"\nRunSpec written to {out}: look at its [objective]")
+        spec, name=title, parameters=sum(entry.elements for entry in manifest), kind=kind, seed=seed, classes=classes,
+        positions_max=positions_max(loaded),
+    )  # fmt: skip
+    packing = Packing.of(loaded, {entry.name for entry in manifest})
+    return _Found(spec=spec, manifest=manifest, packing=packing, kind=type(loaded).__name__, run_toml=whole)
 
 
 def _check(

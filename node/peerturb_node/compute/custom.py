@@ -3,6 +3,7 @@
 The functions are handed over in Python by whoever starts the node; no run and no peer can name code.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -14,6 +15,7 @@ from peerturb.errors import ModelError
 from peerturb.spec import RunSpec
 from peerturb.zo.base import check_base
 from peerturb.zo.batch import Evaluator
+from peerturb.zo.coverage import SlowWarning
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.room import in_parts
 from peerturb_node.compute.base import HeldOut
@@ -36,6 +38,9 @@ class CustomCompute(Replica, Generic[Item]):
             `peerturb.zo.model.base_digest` before an adapter is attached).
         held_out: items to evaluate.
         export: writes what was trained into a folder, at the end of `peerturb node run --export`.
+
+    Attributes:
+        slowness: why probes are measured one at a time, or None; a node says it when it starts.
 
     Raises:
         RefusedError: the base weights are not the run's.
@@ -63,7 +68,9 @@ class CustomCompute(Replica, Generic[Item]):
         self._weights = list(self._named.values())
         self._start = [weight.clone() for weight in self._weights]
         self._evaluator = evaluator
-        self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
+        with warnings.catch_warnings(action="ignore", category=SlowWarning):  # told as a node tells things
+            self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
+        self.slowness = self._engine.slowness
         self._held_out = list(held_out)
         self.has_held_out = bool(self._held_out)
         self._export = export
