@@ -14,7 +14,8 @@ from peerturb.spec import ModelSpec
 
 ANCHORS = ((2.6e5, 1.5e-2), (9.3e5, 1.5e-2), (3.1e6, 3e-3), (5e8, 5e-4), (1.3e10, 2e-4))
 """(trained parameters, learning rate of the `normalized` rule). The first three were measured, on whole models
-(docs/LOG.md); nothing was on adapters, which take the rate of their size. The fourth is the rate that one paper (arXiv
+(docs/LOG.md); adapters take the rate of their size, which suited LoRA on two of three models measured and was ten times
+too small on the third. The fourth is the rate that one paper (arXiv
 2509.24372) used unchanged for models of 0.5 to 8 billion parameters, whose z-scored rewards make the same step as this
 rule; the last lies between two published rates for 13 billion, 5e-5 and 5e-4."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peerturb.errors import DataError, ModelError
 from peerturb.manifest import DType
-from peerturb.spec import ModelSpec, ObjectiveSpec, RunSpec, StepSpec
+from peerturb.spec import ModelSpec, ObjectiveSpec, RoundSpec, RunSpec, StepSpec
 from peerturb.zo.base import load_base
 from peerturb.zo.data import evenly
 from peerturb.zo.objective import Objective, TokenSequence
@@ -42,6 +42,8 @@ class Task:
     learning_rate: float
     probes: int
     """Of peerturb, each on `objective.examples_per_probe` examples."""
+    rounds: int = 0
+    """Of peerturb, over which its rate falls to nothing, linearly; 0: a constant rate and no end."""
     exponents: Mapping[str, int] = field(default_factory=dict)
     """Of peerturb: scale exponents by name pattern (`model.exponents`)."""
     compute: DType = "float32"
@@ -77,8 +79,9 @@ SST2 = Task(
     ),
     train="datasets/sst2/train_1000.jsonl",
     heldout="datasets/sst2/dev_500.jsonl",
-    learning_rate=1e-3,
-    probes=64,
+    learning_rate=3e-3,
+    probes=96,
+    rounds=30,
     compute="bfloat16",
     mezo_rates=(1e-7, 1e-6, 3e-6),
     adamw_rate=1e-4,
@@ -93,8 +96,9 @@ MINILM = Task(
     ),
     train="datasets/sst2/train_1000.jsonl",
     heldout="datasets/sst2/dev_500.jsonl",
-    learning_rate=2e-2,
-    probes=64,
+    learning_rate=4e-2,
+    probes=128,
+    rounds=40,
     compute="bfloat16",
     mezo_rates=(3e-4, 1e-3, 3e-3),
     adamw_rate=1e-4,
@@ -144,7 +148,8 @@ def _spec(task: Task, *, digest: str) -> RunSpec:
     return RunSpec(
         name="target",
         model=ModelSpec(name=task.model, digest=digest, exponents=dict(task.exponents)),
-        step=StepSpec(learning_rate=task.learning_rate),
+        step=StepSpec(learning_rate=task.learning_rate, schedule="linear" if task.rounds else "constant"),
+        round=RoundSpec(count=task.rounds),
         objective=task.objective,
     )
 

@@ -24,6 +24,11 @@ class Learner(Protocol):
     forwards: int
     """Sequences that went through the model forwards so far; a backward pass counts as two."""
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether its schedule has come to its end."""
+        ...
+
     def step(self) -> None:
         """Do one step."""
         ...
@@ -44,6 +49,11 @@ class Peerturb:
         self._trainer = Trainer(case, ByteExchange(spec), spec, compute=TORCH_DTYPES[compute])
         self._per_step = forwards(spec) * case.objective.per_example * len(case.parts)
 
+    @property
+    def is_finished(self) -> bool:
+        """See `Learner`."""
+        return 0 < self._trainer.spec.round.count <= self._trainer.round_number
+
     def step(self) -> None:
         """See `Learner`."""
         self._trainer.step()
@@ -58,6 +68,8 @@ class Peerturb:
 
 class _Plain:
     """What MeZO and AdamW share: the weights, batches of the data in random order, the way back."""
+
+    is_finished = False
 
     def __init__(self, case: Case, *, seed: int, batch: int) -> None:
         manifest = build_manifest(case.model, case.spec.model)

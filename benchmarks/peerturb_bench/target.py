@@ -141,15 +141,19 @@ def panels(name: str, trials: Trials) -> list[plots.Panel]:
 
 
 def _train(case: Case, curve: Curve, make: Make, budget_s: float, points: int) -> Curve:
-    """Train for `budget_s` seconds of steps, evaluating before, `points` times on the way, and at the end."""
+    """Train for `budget_s` seconds of steps or to the schedule's end, evaluating before, on the way, and at the end.
+
+    Args:
+        points: evaluations on the way in the whole budget.
+    """
     with make() as learner:
         learner.step()  # not timed: the first one loads compiled loops, and compiles them in a new checkout
     spent_s, next_s = 0.0, 0.0
     with make() as learner:
         while True:
-            if spent_s >= next_s:
+            if spent_s >= next_s or learner.is_finished:
                 curve.points.append(_point(case, spent_s, learner.forwards))
-                if spent_s >= budget_s:
+                if spent_s >= budget_s or learner.is_finished:
                     return curve
                 next_s = min(budget_s, spent_s + budget_s / points)
             started_s = time.perf_counter()
