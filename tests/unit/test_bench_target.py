@@ -12,7 +12,7 @@ import torch
 
 from peerturb.errors import DataError
 from peerturb.manifest import DType
-from peerturb.spec import ObjectiveSpec
+from peerturb.spec import ObjectiveSpec, RunSpec
 from peerturb.zo.data import Example
 from peerturb.zo.objective import Objective, TokenSequence
 from peerturb_bench import cases, target
@@ -150,6 +150,17 @@ def test_a_run_is_evaluated_before_on_the_way_and_at_its_end(labels_case: Case) 
     assert forwards == sorted(set(forwards))
     assert 2 <= len(forwards) <= 3
     assert curve.end.seconds >= 0.05
+
+
+def test_a_run_ends_with_its_schedule(labels_case: Case) -> None:
+    document = labels_case.spec.model_dump(mode="json")
+    document["round"]["count"] = 3
+    case = replace(labels_case, spec=RunSpec.from_document(document, source="test"))
+    curve = Curve(learner="peerturb", seed=0, learning_rate=1e-2)
+    target._train(case, curve, lambda: Peerturb(case, seed=0, probes=2), budget_s=1e9, points=2)
+    a_round = Peerturb(case, seed=0, probes=2)
+    a_round.step()
+    assert curve.end.forwards == 3 * a_round.forwards > 0
 
 
 def _curve(learner: str, points: Sequence[tuple[float, int, float, float | None]], seed: int = 0) -> Curve:
