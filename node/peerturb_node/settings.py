@@ -8,7 +8,7 @@ import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -36,6 +36,9 @@ class NodeSettings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, extra="forbid", frozen=True, allow_inf_nan=False, env_nested_delimiter=None
     )
+
+    is_layered: ClassVar[bool] = False
+    """Whether environment and file are sources, too."""
 
     coordinator: str
     """HOST:PORT of the run's coordinator."""
@@ -129,8 +132,10 @@ class NodeSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What is given alone: of the environment and of files `load` knows."""
-        return (init_settings,)
+        """Flags, then environment, then the TOML file that `load` names; without `load` what is given alone."""
+        if not cls.is_layered:
+            return (init_settings,)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     def join_token(self) -> str:
         """Return the token from where the settings say.
@@ -167,18 +172,7 @@ def load(flags: Mapping[str, Any], *, config: Path | None = None) -> NodeSetting
 
     class Layered(NodeSettings):
         model_config = SettingsConfigDict(toml_file=config)
-
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            """Flags, then environment, then the TOML file that `load` names."""
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        is_layered = True
 
     try:
         return Layered(**{key: value for key, value in flags.items() if value is not None})

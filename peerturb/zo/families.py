@@ -4,6 +4,7 @@ How rows, probes and sides lie: `peerturb.zo.perturbation`.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from peerturb.manifest import Parameter
 from peerturb.zo import fast
-from peerturb.zo.perturbation import HALVES, SIDES, Perturbation, Side, Signs
+from peerturb.zo.perturbation import HALVES, SIDES, Perturbation, Side
 
 TABLE_BYTES_MAX = 2**23
 """Up to here a whole page of factors is converted and multiplied by epsilon at once: fewer operations."""
@@ -20,18 +21,10 @@ TABLE_BYTES_MAX = 2**23
 class RankOne(Perturbation):
     """z = a bT: a dot product with b and a multiple of a for each token, no matter how many weights the matrix has."""
 
-    def __init__(
-        self,
-        signs: Signs,
-        *,
-        probes: int,
-        epsilon: float,
-        dtype: torch.dtype,
-        device: torch.device,
-        sides: int = 2,
-    ) -> None:
-        super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device, sides=sides)
-        self._pages: dict[int, tuple[Tensor, Tensor] | None] = {}
+    @cached_property
+    def _pages(self) -> dict[int, tuple[Tensor, Tensor] | None]:
+        """Pages in the type of the activations, plain and times the steps."""
+        return {}
 
     def noise(self, parameter: Parameter, probe: int) -> Tensor:
         """See the base class."""
@@ -159,18 +152,7 @@ class RankOne(Perturbation):
 class Dense(Perturbation):
     """Every element its own sign: one matrix of one probe at a time, in a scratch buffer."""
 
-    def __init__(
-        self,
-        signs: Signs,
-        *,
-        probes: int,
-        epsilon: float,
-        dtype: torch.dtype,
-        device: torch.device,
-        sides: int = 2,
-    ) -> None:
-        super().__init__(signs, probes=probes, epsilon=epsilon, dtype=dtype, device=device, sides=sides)
-        self._scratch = torch.empty(0, dtype=dtype, device=device)
+    _scratch: Tensor | None = None
 
     def noise(self, parameter: Parameter, probe: int) -> Tensor:
         """See the base class."""
@@ -180,10 +162,11 @@ class Dense(Perturbation):
 
     def _matrix(self, parameter: Parameter, probe: int) -> Tensor:
         """z of one probe as a matrix [matrices * rows, columns], valid until the next call."""
-        if self._scratch.numel() < parameter.elements:
-            self._scratch = torch.empty(parameter.elements, dtype=self.dtype, device=self.device)
+        scratch = self._scratch
+        if scratch is None or scratch.numel() < parameter.elements:
+            self._scratch = scratch = torch.empty(parameter.elements, dtype=self.dtype, device=self.device)
         matrices, rows, columns = parameter.stacked
-        z = self._scratch[: parameter.elements].view(matrices * rows, columns)
+        z = scratch[: parameter.elements].view(matrices * rows, columns)
         return z.copy_(self.signs.dense(parameter, probe).view(z.shape))
 
     def add_linear(
