@@ -109,15 +109,15 @@ class RayCompute(TorchCompute):
     def __init__(self, section: RealSpec, spec: RunSpec, *, worker: type[Worker] = Worker) -> None:
         self._steps: list[Step] = []
         processors = section.workers * section.threads or None
-        self._ray = connect(section.address, processors=processors)
+        self.ray = connect(section.address, processors=processors)
         try:
             super().__init__(section, spec)
             self._section, self._spec = section, spec
-            self._make = self._ray.remote(num_cpus=section.threads, max_restarts=0)(worker)
+            self._make = self.ray.remote(num_cpus=section.threads, max_restarts=0)(worker)
             self._crews = [_Crew(self._actor()) for _ in range(self._workers())]
             self._await_workers()
         except BaseException:
-            self._ray.shutdown()
+            self.ray.shutdown()
             raise
         self._unsent: list[Request] = []
         self._owner: dict[int, _Crew] = {}
@@ -176,12 +176,12 @@ class RayCompute(TorchCompute):
     def close(self) -> None:
         """Let the workers go; a cluster that was there before stays."""
         for crew in self._crews:
-            self._ray.kill(crew.actor)
-        self._ray.shutdown()
+            self.ray.kill(crew.actor)
+        self.ray.shutdown()
 
     def _workers(self) -> int:
         """As many as were asked for, or as processors and memory allow."""
-        processors = int(self._ray.cluster_resources().get("CPU", 1))
+        processors = int(self.ray.cluster_resources().get("CPU", 1))
         threads = max(1, processors // self._section.threads)
         if self._section.workers > threads:
             raise RayError(
@@ -190,10 +190,10 @@ class RayCompute(TorchCompute):
             )
         if self._section.workers:
             return self._section.workers
-        weights = sum(weight.numel() * weight.element_size() for weight in self._model.weights)
-        free = free_bytes(self._model.weights[0].device)
+        weights = sum(weight.numel() * weight.element_size() for weight in self.model.weights)
+        free = free_bytes(self.model.weights[0].device)
         # On several machines memory is not known from here; each of their processors counts.
-        if free is None or len(self._ray.nodes()) > 1:
+        if free is None or len(self.ray.nodes()) > 1:
             return threads
         return max(1, min(threads, int(SHARE * free) // (WORKER_BYTES + COPIES * weights)))
 
@@ -205,17 +205,17 @@ class RayCompute(TorchCompute):
             PeerturbError: a worker cannot use model or data.
         """
         waiting = [crew.actor.ready.remote() for crew in self._crews]
-        started, missing = self._ray.wait(waiting, num_returns=len(waiting), timeout=START_S)
+        started, missing = self.ray.wait(waiting, num_returns=len(waiting), timeout=START_S)
         if missing:
             raise RayError(
                 f"{len(missing)} of {len(waiting)} workers of Ray have not started within {START_S:.0f} s: is the "
                 "cluster busy with something else? Ask for fewer (--workers, compute.workers)"
             )
         try:
-            self._ray.get(started)
-        except self._ray.exceptions.RayTaskError as error:
+            self.ray.get(started)
+        except self.ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from error
-        except self._ray.exceptions.RayActorError as error:
+        except self.ray.exceptions.RayActorError as error:
             if isinstance(error.__cause__, PeerturbError):
                 raise error.__cause__ from error
             raise RayError(f"a worker of Ray cannot start: {str(error).strip().splitlines()[-1]}") from error
@@ -287,10 +287,10 @@ class RayCompute(TorchCompute):
         for _ in range(REPLACED_MAX):
             crew, answer = ask()
             try:
-                return self._ray.get(answer)
-            except self._ray.exceptions.RayTaskError as error:  # an error of ours: the same anywhere
+                return self.ray.get(answer)
+            except self.ray.exceptions.RayTaskError as error:  # an error of ours: the same anywhere
                 raise error.as_instanceof_cause() from error
-            except self._ray.exceptions.RayActorError:
+            except self.ray.exceptions.RayActorError:
                 self._replace(crew)
         raise RayError(
             f"{REPLACED_MAX} workers of Ray were lost in a row: most often memory runs out, so ask for fewer "

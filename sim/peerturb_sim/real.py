@@ -48,7 +48,8 @@ class RealModel:
         self.manifest: Manifest = self._prepared.manifest
         self.weights: list[Tensor] = list(self._prepared.named.values())
         self._states = States(self.weights, self.manifest, spec)
-        runner, objective = self._prepared.runner, self._prepared.runner.objective
+        self.runner = runner = self._prepared.runner
+        objective = runner.objective
         parts: list[Sequence[TokenSequence]] = [self._prepared.items]
         parts += [objective.load(Path(name).expanduser()) for name in others]
         self._engine = cache(lambda part: ProbeEngine(runner, spec, parts[part], rows_max=section.rows or None))
@@ -84,7 +85,7 @@ class RealModel:
         """Evaluate a state on the held-out file."""
         self.go(number)
         self._prepared.refresh()
-        found = evaluate(self._prepared.runner, self._prepared.held_out)
+        found = evaluate(self.runner, self._prepared.held_out)
         assert found is not None  # nothing stops it
         return Evaluation(loss=found.loss, accuracy=found.accuracy, examples=found.examples)
 

@@ -13,10 +13,10 @@ class TorchCompute:
     """Implements `Compute`."""
 
     def __init__(self, section: RealSpec, spec: RunSpec) -> None:
-        self._model = RealModel(section, spec)
+        self.model = RealModel(section, spec)
         self.base_digest = bytes.fromhex(spec.model.digest)
-        self.manifest_digest = manifest_digest(self._model.manifest)
-        self._base = State(States.BASE, 0, self._model.digest(States.BASE))
+        self.manifest_digest = manifest_digest(self.model.manifest)
+        self._base = State(States.BASE, 0, self.model.digest(States.BASE))
         self._count = States.BASE
 
     @property
@@ -56,7 +56,7 @@ class TorchCompute:
 
     def evaluate(self, weights: State) -> Evaluation:
         """Evaluate on the held-out file."""
-        return self._model.evaluate(weights.number)
+        return self.model.evaluate(weights.number)
 
     def close(self) -> None:
         """Nothing is held beyond memory."""
@@ -69,14 +69,14 @@ class TorchCompute:
 
     def announce(self, step: Step) -> None:
         """Hear of a new state."""
-        self._model.add(step)
+        self.model.add(step)
 
     def digest_at(self, number: int) -> int:
         """Return the short digest of a state."""
-        return self._model.digest(number)
+        return self.model.digest(number)
 
     def _measured(self, request: Request) -> Measurement:
-        return self._model.measure(
+        return self.model.measure(
             request.weights.number, slot=request.slot, round=request.round, scale=request.scale, count=request.count
         )
 

@@ -34,7 +34,7 @@ def spec(section: RealSpec) -> RunSpec:
 def local(section: RealSpec, spec: RunSpec) -> list[LocalRound]:
     """What the same peers seal in one process."""
     model = RealModel(section, spec)
-    runner = model._prepared.runner
+    runner = model.runner
     parts = [model._engine(slot % 2).items for slot in range(SLOTS)]
     run = LocalRun(runner, spec, parts)
     done = list(run.run(ROUNDS))
