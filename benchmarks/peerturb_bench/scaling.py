@@ -1,7 +1,7 @@
 """How many rounds do more peers save? Simulated runs of 1 to 256 peers, a few probes each, to one held-out loss.
 
-Every run is the simulator's, with a real model in process: production machines, engine, bytes and update. Each number of
-peers gets the learning rate that serves it best: the best of half as many peers, doubled as long as that takes fewer
+Every run is the simulator's, with a real model in process: production machines, engine, bytes and update. Each number
+of peers gets the learning rate that serves it best: that of half as many peers, doubled as long as that takes fewer
 rounds (tried on the first seed). A run that is not there after its most rounds is given up and counts as that many at
 least. value: rounds until the target, median of the seeds; reference: the ideal, the rounds of one peer over the
 peers; ratio: reference / value, 1 if every peer counted in full.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -194,16 +195,16 @@ def _followed(scenario: Scenario, folder: Path, target: float) -> float | None:
         )
     finally:
         world.compute.close()
-    points = [(0.0, base.loss), *((float(row.round), row.loss) for row in found)]
-    for (before, higher), (after, lower) in zip(points, points[1:], strict=False):
+    points = [(0.0, base.loss), *((float(row.round), math.inf if row.loss is None else row.loss) for row in found)]
+    for (before, higher), (after, lower) in pairwise(points):
         if lower <= target < higher:
             return round(before + (after - before) * (higher - target) / (higher - lower), 2)
     return None
 
 
-def _is_over(loss: float, target: float, base: Evaluation) -> bool:
+def _is_over(loss: float | None, target: float, base: Evaluation) -> bool:
     """Say whether a run is there, or broken: a loss far above the base model's does not come back."""
-    return not math.isfinite(loss) or loss <= target or loss > 1.5 * base.loss
+    return loss is None or loss <= target or loss > 1.5 * base.loss
 
 
 def rows(plan: Plan, name: str, counts: Sequence[Count]) -> list[Row]:
