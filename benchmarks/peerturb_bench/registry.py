@@ -43,7 +43,7 @@ BENCHMARKS = {
         summary="Rounds to the same held-out loss with one byte for each projected gradient, against f32 scalars."
     ),
     "scaling": Benchmark(
-        summary="Rounds to a held-out loss for 1 to 256 simulated peers, against the ideal: n peers, an nth of the rounds.",
+        summary="Rounds to a held-out loss for 1 to 256 simulated peers; ideal: n peers, an nth of the rounds.",
         is_drawn=True,
     ),
     "sim": Benchmark(summary="What simulating 256 peers of a real model spends its time on, on Ray and in process."),

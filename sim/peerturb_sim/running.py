@@ -23,6 +23,10 @@ class BrokenRunError(PeerturbError):
     """A checker saw an invariant broken."""
 
 
+class UnfinishedRunError(PeerturbError):
+    """The scenario's time was over before its rounds were sealed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """Where Ray's workers are, as flags say it; None: as the scenario does."""
@@ -54,6 +58,7 @@ def run_scenario(path: Path, *, seed: int | None, out: Path, cluster: Cluster, a
     Raises:
         SpecError: the scenario, a trace or `out` cannot be used.
         BrokenRunError: an invariant was broken; log and result are written all the same.
+        UnfinishedRunError: the scenario's time was over too soon; likewise.
         KeyboardInterrupt: the user had enough; log and result of what there was are written.
     """
     scenario = cluster.placed(Scenario.load(path))
@@ -78,6 +83,11 @@ def run_scenario(path: Path, *, seed: int | None, out: Path, cluster: Cluster, a
         )
     if result.is_interrupted:
         raise KeyboardInterrupt
+    if not result.is_finished:
+        raise UnfinishedRunError(
+            f"after {result.virtual_s:.0f} virtual seconds {len(result.rounds)} of {scenario.round.count} rounds are "
+            f"sealed ({result.waiting_for}); log and result are written. Raise until_s if the run only needs longer"
+        )
 
 
 def _progress(state: Progress, scenario: Scenario) -> str:
