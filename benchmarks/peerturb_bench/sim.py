@@ -19,7 +19,7 @@ from peerturb_bench.simulated import FOREVER_S, crowd, model_folder, text_files
 from peerturb_sim.fidelity import specified
 from peerturb_sim.ray_compute import RayCompute, Worker
 from peerturb_sim.real import RealModel
-from peerturb_sim.scenario import RealSpec, Scenario
+from peerturb_sim.scenario import Scenario
 from peerturb_sim.simulation import populated
 from peerturb_sim.torch_compute import TorchCompute
 from peerturb_sim.world import World
@@ -80,9 +80,11 @@ class Stopwatch:
 class TimedWorker(Worker):
     """A worker that says what it spends its time on."""
 
-    def __init__(self, section: RealSpec, spec: RunSpec) -> None:
-        super().__init__(section, spec)
-        self._watch = Stopwatch.on(self._model)
+    def ready(self) -> int:
+        """Put the stopwatch on the loaded model."""
+        number = super().ready()
+        self._watch = Stopwatch.on(self.model)
+        return number
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds so far."""

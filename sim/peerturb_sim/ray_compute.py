@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from peerturb.errors import PeerturbError
@@ -17,7 +18,7 @@ from peerturb_sim.cluster import RayError, connect
 from peerturb_sim.compute import Evaluation, Measurement, Request
 from peerturb_sim.real import RealModel
 from peerturb_sim.scenario import RealSpec
-from peerturb_sim.states import State, Step
+from peerturb_sim.states import State, States, Step
 from peerturb_sim.torch_compute import TorchCompute
 
 WORKER_BYTES = 400 * 2**20
@@ -41,38 +42,48 @@ class Worker:
     """What runs in a worker process."""
 
     def __init__(self, section: RealSpec, spec: RunSpec) -> None:
-        self._model = RealModel(section, spec)
+        self._section, self._spec = section, spec
+
+    @cached_property
+    def model(self) -> RealModel:
+        """Loaded with the first call, whose answer can say what is wrong."""
+        return RealModel(self._section, self._spec)
 
     def ready(self) -> int:
-        """Return the process number, once the model is loaded."""
+        """Load the model; return the process number.
+
+        Raises:
+            PeerturbError: model or data cannot be used.
+        """
+        self.model.go(States.BASE)
         return os.getpid()
 
     def follow(self, steps: Sequence[Step]) -> None:
         """Hear of states, and move to the last of them: what is asked next will most likely be of it."""
         self._hear(steps)
-        self._model.go(steps[-1].number)
+        self.model.go(steps[-1].number)
 
     def measure(self, steps: Sequence[Step], asked: Sequence[Ask]) -> list[Measurement]:
         """Hear of states, then measure at some of them."""
         self._hear(steps)
         return [
-            self._model.measure(number, slot=slot, round=round_, scale=scale, count=count)
+            self.model.measure(number, slot=slot, round=round_, scale=scale, count=count)
             for number, slot, round_, scale, count in asked
         ]
 
     def digest(self, steps: Sequence[Step], number: int) -> int:
         """Hear of states, then return the short digest of one."""
         self._hear(steps)
-        return self._model.digest(number)
+        return self.model.digest(number)
 
     def evaluate(self, steps: Sequence[Step], number: int) -> Evaluation:
         """Hear of states, then evaluate one."""
         self._hear(steps)
-        return self._model.evaluate(number)
+        return self.model.evaluate(number)
 
     def _hear(self, steps: Sequence[Step]) -> None:
         for step in steps:
-            self._model.add(step)
+            self.model.add(step)
 
 
 @dataclass(slots=True, eq=False)
@@ -214,10 +225,10 @@ class RayCompute(TorchCompute):
         try:
             self.ray.get(started)
         except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, PeerturbError):
+                raise error.cause from error
             raise error.as_instanceof_cause() from error
         except self.ray.exceptions.RayActorError as error:
-            if isinstance(error.__cause__, PeerturbError):
-                raise error.__cause__ from error
             raise RayError(f"a worker of Ray cannot start: {str(error).strip().splitlines()[-1]}") from error
 
     def _actor(self) -> Any:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from peerturb.errors import SpecError
+from peerturb.errors import DataError, SpecError
 from peerturb.spec import RunSpec
 from peerturb_sim.cli import app
 from peerturb_sim.cluster import RayError, connect
@@ -133,7 +133,7 @@ def test_what_a_worker_cannot_use_is_said_at_the_start(section: RealSpec, spec: 
         def __init__(self, section: RealSpec, spec: RunSpec) -> None:
             super().__init__(section.model_copy(update={"data": ("/not/here.jsonl",)}), spec)
 
-    with pytest.raises(SpecError, match="/not/here"):
+    with pytest.raises(DataError, match=r"^cannot read /not/here"):
         RayCompute(section.model_copy(update={"kind": "ray", "workers": 1}), spec, worker=Elsewhere)
 
 

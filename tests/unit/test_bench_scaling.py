@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from peerturb_bench import plots, scaling
+from peerturb_bench import plots
 from peerturb_bench.rows import to_json
 from peerturb_bench.scaling import Count, Plan, Task, _choose, measure, panel, rounds_to, rows
+from peerturb_bench.simulated import crowd
 from peerturb_sim.fidelity import compute_of
 from tests.simulation.real_small import real_section
 
@@ -25,7 +26,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 @pytest.fixture(scope="module")
 def base_loss(task: Task, tmp_path_factory: pytest.TempPathFactory) -> float:
-    scenario = scaling.crowd(
+    scenario = crowd(
         task.model, task.files, peers=1, probes=4, rounds=1, rate=0.01, eval_every=1, objective=task.objective
     )
     _, compute = compute_of(scenario, folder=tmp_path_factory.mktemp("base"))

@@ -1,5 +1,6 @@
 """`peerturb bench sim`: the stopwatch counts each moment once, and the parts of the time make the whole."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_time_inside_another_call_counts_there(monkeypatch: pytest.MonkeyPatch) 
         clock.now_s += seconds
         return seconds
 
-    forward = watch.around("forward", spend)
+    forward: Callable[[float], float] = watch.around("forward", spend)
 
     def probe() -> float:
         spend(1.0)
