@@ -52,12 +52,12 @@ class Plan:
         return max(self.rounds_least, self.rounds_max * self.peers[0] // peers)
 
     def every(self, peers: int) -> int:
-        """Return the rounds between evaluations: about 2 % of the most that may be needed."""
-        return max(1, self.limit(peers) // 100)
+        """Return the rounds between evaluations: a two-hundredth of the most that are allowed."""
+        return max(1, self.limit(peers) // 200)
 
 
 FULL = Plan(
-    peers=(1, 2, 4, 8, 16, 32, 64, 128, 256), seeds=(0, 1, 2), target=4.3, rates=(1e-3, 2e-3, 4e-3), rounds_max=3_200
+    peers=(1, 2, 4, 8, 16, 32, 64, 128, 256), seeds=(0, 1, 2), target=4.0, rates=(5e-4, 1e-3, 2e-3), rounds_max=4_000
 )
 QUICK = Plan(peers=(1, 4), seeds=(0,), target=4.95, rates=(2e-3, 4e-3), rounds_max=200)
 
