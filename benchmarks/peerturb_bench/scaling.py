@@ -2,9 +2,9 @@
 
 Every run is the simulator's, with a real model in process: production machines, engine, bytes and update. Each number
 of peers gets the learning rate that serves it best: that of half as many peers, doubled as long as that takes fewer
-rounds (tried on the first seed). A run that is not there after its most rounds is given up and counts as that many at
-least. value: rounds until the target, median of the seeds; reference: the ideal, the rounds of one peer over the
-peers; ratio: reference / value, 1 if every peer counted in full.
+rounds, then a step of the square root of two to either side (tried on the first seed). A run that is not there after
+its most rounds is given up and counts as that many at least. value: rounds until the target, median of the seeds;
+reference: the ideal, the rounds of one peer over the peers; ratio: reference / value, 1 if every peer counted in full.
 """
 
 import json
@@ -56,9 +56,7 @@ class Plan:
         return max(1, self.limit(peers) // 200)
 
 
-FULL = Plan(
-    peers=(1, 2, 4, 8, 16, 32, 64, 128, 256), seeds=(0, 1, 2), target=4.0, rates=(5e-4, 1e-3, 2e-3), rounds_max=4_000
-)
+FULL = Plan(peers=(1, 2, 4, 8, 16, 32, 64, 128, 256), seeds=(0, 1, 2), target=4.0, rates=(5e-4, 1e-3), rounds_max=2_000)
 QUICK = Plan(peers=(1, 4), seeds=(0,), target=4.95, rates=(2e-3, 4e-3), rounds_max=200)
 
 
@@ -133,7 +131,7 @@ def _choose(
     count: Count, rounds: Callable[[Sequence[float], Sequence[int]], list[float | None]],
     rates: Sequence[float], seed: int,
 ) -> None:  # fmt: skip
-    """Try rates, then doubled ones as long as they are better; note the best."""
+    """Try rates, doubled ones as long as they are better, then those on either side of the best; note the best."""
 
     def attempt(wanted: Sequence[float]) -> None:
         found = rounds(wanted, [seed] * len(wanted))
@@ -145,6 +143,8 @@ def _choose(
     attempt([*rates, 2 * rates[-1]])
     while math.isclose(best(), highest := max(map(float, count.tried))):
         attempt([2 * highest])
+    middle = best()
+    attempt([middle / math.sqrt(2), middle * math.sqrt(2)])
     count.rate = best()
 
 
