@@ -41,6 +41,10 @@ class Line:
     xs: Sequence[float]
     ys: Sequence[float]
     colour: str
+    mark: str = ""
+    """matplotlib's name of the mark at each point; empty: none."""
+    dash: str = "-"
+    """matplotlib's name of the line's style; empty: no line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +57,9 @@ class Panel:
     lines: Sequence[Line]
     is_log: bool = False
     """Of x."""
+    is_log_y: bool = False
+    ticks: Sequence[float] = ()
+    """Of x, written as plain numbers; by default matplotlib chooses."""
 
 
 def bars(path: Path, items: Sequence[Bar], *, title: str, axis: str, is_log: bool = False) -> None:
@@ -118,10 +125,16 @@ def curves(path: Path, rows: Sequence[Sequence[Panel]]) -> None:
         for panel, axes in zip(panels, all_axes, strict=False):
             drawn = [(line, _finite(line, is_log=panel.is_log)) for line in panel.lines]
             for line, points in drawn:
-                found = axes.plot(*points, color=line.colour, alpha=0.8, linewidth=1.5)
+                style = {"marker": line.mark or None, "linestyle": line.dash or "none"}
+                found = axes.plot(*points, color=line.colour, alpha=0.8, linewidth=1.5, **style)
                 entries.setdefault(line.label, found[0])
             if panel.is_log and any(xs for _, (xs, _) in drawn):
                 axes.set_xscale("log")
+            if panel.is_log_y and any(ys for _, (_, ys) in drawn):
+                axes.set_yscale("log")
+            if panel.ticks:
+                axes.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
+                axes.minorticks_off()
             axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
             axes.grid(alpha=0.25)
     figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=len(entries), frameon=False)

@@ -42,6 +42,11 @@ BENCHMARKS = {
     "byte": Benchmark(
         summary="Rounds to the same held-out loss with one byte for each projected gradient, against f32 scalars."
     ),
+    "scaling": Benchmark(
+        summary="Rounds to a held-out loss for 1 to 256 simulated peers; ideal: n peers, an nth of the rounds.",
+        is_drawn=True,
+    ),
+    "sim": Benchmark(summary="What simulating 256 peers of a real model spends its time on, on Ray and in process."),
     "wire": Benchmark(summary="Bytes on the socket for each code, up and down, with all framing."),
     "overhead": Benchmark(
         summary="Milliseconds a round costs when computing costs nothing: real processes, fsync included."

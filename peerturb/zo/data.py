@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 FAULTS_SHOWN_MAX = 10
 """Bad lines listed in one error."""
 
-TEXT_SUFFIXES = (".txt", ".text")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 """Files read as one text instead of one JSON object a line."""
 
 DRAW_KEY = 0x7065657274757262

@@ -17,12 +17,18 @@ def run(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO.toml", help="Peers, lines, faults, rounds.")],
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the scenario's seed.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the run log and result.json.")] = Path("sim-out"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Measure a real model's probes on so many workers of Ray.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT|auto", help="Of a Ray cluster that runs already.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Simulate a scenario: its run log and result.json are the same bytes for the same seed."""
-    from peerturb_sim.running import run_scenario
+    from peerturb_sim.running import Cluster, run_scenario
 
-    run_scenario(scenario, seed=seed, out=out, as_json=as_json)
+    run_scenario(scenario, seed=seed, out=out, cluster=Cluster(workers=workers, address=address), as_json=as_json)
 
 
 @app.command()

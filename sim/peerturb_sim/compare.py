@@ -12,7 +12,7 @@ from peerturb.runlog.fold import describe
 from peerturb.wire.errors import WireError
 from peerturb.wire.records import RecordDecoder
 from peerturb_node.folder import log_path
-from peerturb_node.logsource import Source
+from peerturb_node.logsource import DATABASE_FILE, Source
 from peerturb_sim.differences import Difference, difference
 from peerturb_sim.simulation import LOG_NAME
 
@@ -101,6 +101,11 @@ def log_records(path: Path) -> Iterator[tuple[bytes, Record]]:
         LogError: it cannot be read, is damaged, or holds no record.
     """
     inside = [file for file in (path / LOG_NAME, log_path(path)) if file.is_file()]
+    if path.is_dir() and not inside and not (path / DATABASE_FILE).is_file():
+        raise LogError(
+            f"the folder {path} holds no log: neither {LOG_NAME} (of `peerturb sim run`), {log_path(path).name} (of a "
+            f"node's run) nor {DATABASE_FILE} (a coordinator's data folder); name the folder of a run, or a log file"
+        )
     source = Source.of(
         inside[0] if inside else path, coordinator=None, token_file=None, fingerprint="", is_insecure=False
     )

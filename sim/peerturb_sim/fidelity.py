@@ -19,24 +19,40 @@ def compute_of(scenario: Scenario, *, folder: Path) -> tuple[RunSpec, Compute]:
     Raises:
         PeerturbError: a model, data or a cluster cannot be used.
     """
+    if isinstance(scenario.compute, ToySpec):
+        toy = scenario.compute
+        spec = _spec(scenario, f"toy {toy.objective}", base_digest(scenario.seed).hex())
+        return spec, ToyCompute(toy, spec, seed=scenario.seed)
+    spec, section = specified(scenario, folder=folder)
+    if section.kind == "torch":
+        from peerturb_sim.torch_compute import TorchCompute
+
+        return spec, TorchCompute(section, spec)
+    from peerturb_sim.ray_compute import RayCompute
+
+    return spec, RayCompute(section, spec)
+
+
+def specified(scenario: Scenario, *, folder: Path) -> tuple[RunSpec, RealSpec]:
+    """Return the RunSpec of a scenario with a real model, and what to compute it with, paths in place.
+
+    Args:
+        scenario: one whose `compute` is not the toy.
+        folder: what its relative paths are relative to.
+
+    Raises:
+        PeerturbError: the model cannot be used, or what it needs is not installed.
+    """
     section = scenario.compute
-    if isinstance(section, ToySpec):
-        spec = _spec(scenario, f"toy {section.objective}", base_digest(scenario.seed).hex())
-        return spec, ToyCompute(section, spec, seed=scenario.seed)
+    assert isinstance(section, RealSpec)
     try:
         from peerturb_sim.real import real_spec
-        from peerturb_sim.torch_compute import TorchCompute
     except ImportError as error:
         raise SpecError(
             f"compute.kind {section.kind} needs {error.name}, which is not installed: pip install 'peerturb[node]'"
         ) from error
     section = _placed(section, folder)
-    spec = real_spec(section, _spec(scenario, section.model, "0" * 64))
-    if section.kind == "torch":
-        return spec, TorchCompute(section, spec)
-    from peerturb_sim.ray_compute import RayCompute
-
-    return spec, RayCompute(section, spec)
+    return real_spec(section, _spec(scenario, section.model, "0" * 64)), section
 
 
 def _spec(scenario: Scenario, model: str, digest: str) -> RunSpec:

@@ -5,6 +5,7 @@ one model; a measurement depends on weights, slot, round and scale alone, not on
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.spec import RunSpec
 from peerturb.zo.base import load_base
+from peerturb.zo.digest import run_digest, short_digest
 from peerturb.zo.evaluate import evaluate
 from peerturb.zo.objective import TokenSequence
 from peerturb.zo.probe import ProbeEngine
@@ -46,10 +48,16 @@ class RealModel:
         self.manifest: Manifest = self._prepared.manifest
         self.weights: list[Tensor] = list(self._prepared.named.values())
         self._states = States(self.weights, self.manifest, spec)
-        runner, objective = self._prepared.runner, self._prepared.runner.objective
+        self.runner = runner = self._prepared.runner
+        objective = runner.objective
         parts: list[Sequence[TokenSequence]] = [self._prepared.items]
         parts += [objective.load(Path(name).expanduser()) for name in others]
-        self._engines = [ProbeEngine(runner, spec, part, rows_max=section.rows or None) for part in parts]
+        self._engine = cache(lambda part: ProbeEngine(runner, spec, parts[part], rows_max=section.rows or None))
+        """By part of the data, made when its first peer measures."""
+        self._parts = len(parts)
+        for number, part in enumerate(parts):
+            if number == 0 or len(part) < spec.objective.examples_per_probe:
+                self._engine(number)  # says now what is wrong with model or data
 
     def add(self, step: Step) -> None:
         """Hear of a state."""
@@ -64,15 +72,20 @@ class RealModel:
         """Measure the probes of a slot at a state."""
         self.go(number)
         self._prepared.refresh()
-        engine = self._engines[slot % len(self._engines)]
+        engine = self._engine(slot % self._parts)
         result = engine.contribute(RoundNumber(round), slot=Slot(slot), scale=scale, count=count)
         return Measurement(codes=result.codes.tobytes(), loss=f32(result.loss))
+
+    def digest(self, number: int) -> int:
+        """Return the short digest of a state."""
+        self.go(number)
+        return short_digest(run_digest(self.manifest, self.weights))
 
     def evaluate(self, number: int) -> Evaluation:
         """Evaluate a state on the held-out file."""
         self.go(number)
         self._prepared.refresh()
-        found = evaluate(self._prepared.runner, self._prepared.held_out)
+        found = evaluate(self.runner, self._prepared.held_out)
         assert found is not None  # nothing stops it
         return Evaluation(loss=found.loss, accuracy=found.accuracy, examples=found.examples)
 

@@ -6,11 +6,12 @@ import math
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from peerturb.errors import PeerturbError, SpecError
 from peerturb_sim.result import Result
-from peerturb_sim.scenario import Scenario
+from peerturb_sim.scenario import RealSpec, Scenario
 from peerturb_sim.simulation import RESULT_NAME, Progress, simulate
 from peerturb_sim.swarm import Outcome, run_swarm
 
@@ -22,15 +23,45 @@ class BrokenRunError(PeerturbError):
     """A checker saw an invariant broken."""
 
 
-def run_scenario(path: Path, *, seed: int | None, out: Path, as_json: bool) -> None:
+class UnfinishedRunError(PeerturbError):
+    """The scenario's time was over before its rounds were sealed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Where Ray's workers are, as flags say it; None: as the scenario does."""
+
+    workers: int | None = None
+    address: str | None = None
+
+    def placed(self, scenario: Scenario) -> Scenario:
+        """Return the scenario with its probes measured there.
+
+        Raises:
+            SpecError: its peers have no real model.
+        """
+        flags = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if not flags:
+            return scenario
+        if not isinstance(scenario.compute, RealSpec):
+            names = " and ".join(f"--{name}" for name in flags)
+            raise SpecError(
+                f"{names}: the scenario {scenario.name!r} has a toy objective, which needs no workers; leave that out, "
+                "or give the scenario a model (compute.kind torch or ray)"
+            )
+        return scenario.model_copy(update={"compute": scenario.compute.model_copy(update={**flags, "kind": "ray"})})
+
+
+def run_scenario(path: Path, *, seed: int | None, out: Path, cluster: Cluster, as_json: bool) -> None:
     """Simulate a scenario file.
 
     Raises:
         SpecError: the scenario, a trace or `out` cannot be used.
         BrokenRunError: an invariant was broken; log and result are written all the same.
+        UnfinishedRunError: the scenario's time was over too soon; likewise.
         KeyboardInterrupt: the user had enough; log and result of what there was are written.
     """
-    scenario = Scenario.load(path)
+    scenario = cluster.placed(Scenario.load(path))
     if seed is not None:
         scenario = scenario.model_copy(update={"seed": seed})
     try:
@@ -52,6 +83,11 @@ def run_scenario(path: Path, *, seed: int | None, out: Path, as_json: bool) -> N
         )
     if result.is_interrupted:
         raise KeyboardInterrupt
+    if not result.is_finished:
+        raise UnfinishedRunError(
+            f"after {result.virtual_s:.0f} virtual seconds {len(result.rounds)} of {scenario.round.count} rounds are "
+            f"sealed ({result.waiting_for}); log and result are written. Raise until_s if the run only needs longer"
+        )
 
 
 def _progress(state: Progress, scenario: Scenario) -> str:

@@ -169,7 +169,7 @@ class RealSpec(Section):
     workers: int = Field(default=0, ge=0, le=10_000)
     """Of `ray`; 0: as many as processors and memory allow."""
     address: str = ""
-    """Of a cluster that runs already; empty: one of this machine, for this simulation."""
+    """HOST:PORT of a cluster that runs already, or `auto`; empty: one of this machine, for this simulation."""
 
 
 class CoordinatorSpec(Section):

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from peerturb.spec import RunSpec
 from peerturb_sim.checks import BrokenInvariantError
+from peerturb_sim.compute import Compute
 from peerturb_sim.fidelity import compute_of
 from peerturb_sim.life import populate
 from peerturb_sim.liveness import Liveness
@@ -50,6 +52,13 @@ def build(scenario: Scenario, *, folder: Path, out: Path, chaos: Chaos | None = 
         PeerturbError: a trace, a model, data or a cluster cannot be used.
     """
     spec, compute = compute_of(scenario, folder=folder)
+    return populated(scenario, spec, compute, folder=folder, out=out, chaos=chaos)
+
+
+def populated(
+    scenario: Scenario, spec: RunSpec, compute: Compute, *, folder: Path, out: Path, chaos: Chaos | None = None
+) -> World:
+    """Make a scenario's world with a compute that is there already; see `build`."""
     world = World(
         spec,
         compute,

@@ -3,7 +3,6 @@
 from peerturb.manifest import manifest_digest
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
-from peerturb.zo.digest import run_digest, short_digest
 from peerturb_sim.compute import Evaluation, Measurement, Request
 from peerturb_sim.real import RealModel
 from peerturb_sim.scenario import RealSpec
@@ -14,11 +13,10 @@ class TorchCompute:
     """Implements `Compute`."""
 
     def __init__(self, section: RealSpec, spec: RunSpec) -> None:
-        self._model = RealModel(section, spec)
-        digest = run_digest(self._model.manifest, self._model.weights)
+        self.model = RealModel(section, spec)
         self.base_digest = bytes.fromhex(spec.model.digest)
-        self.manifest_digest = manifest_digest(self._model.manifest)
-        self._base = State(States.BASE, 0, short_digest(digest))
+        self.manifest_digest = manifest_digest(self.model.manifest)
+        self._base = State(States.BASE, 0, self.model.digest(States.BASE))
         self._count = States.BASE
 
     @property
@@ -58,7 +56,7 @@ class TorchCompute:
 
     def evaluate(self, weights: State) -> Evaluation:
         """Evaluate on the held-out file."""
-        return self._model.evaluate(weights.number)
+        return self.model.evaluate(weights.number)
 
     def close(self) -> None:
         """Nothing is held beyond memory."""
@@ -71,16 +69,18 @@ class TorchCompute:
 
     def announce(self, step: Step) -> None:
         """Hear of a new state."""
-        self._model.add(step)
+        self.model.add(step)
+
+    def digest_at(self, number: int) -> int:
+        """Return the short digest of a state."""
+        return self.model.digest(number)
 
     def _measured(self, request: Request) -> Measurement:
-        return self._model.measure(
+        return self.model.measure(
             request.weights.number, slot=request.slot, round=request.round, scale=request.scale, count=request.count
         )
 
     def _follow(self, weights: State, sealed: RoundSealed | None, rounds: int) -> State:
         self._count += 1
         self.announce(Step(number=self._count, parent=weights.number, sealed=sealed))
-        self._model.go(self._count)
-        digest = run_digest(self._model.manifest, self._model.weights)
-        return State(self._count, rounds, short_digest(digest))
+        return State(self._count, rounds, self.digest_at(self._count))

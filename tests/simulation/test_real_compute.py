@@ -1,12 +1,6 @@
 """Real models under virtual peers: the bytes of a run in one process, wherever and in whatever order they are asked."""
 
-import json
-import os
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,57 +8,34 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
 from peerturb.zo.local import LocalRound, LocalRun
-from peerturb.zo.model import prepare
 from peerturb_sim.compute import Request
-from peerturb_sim.real import RealModel, real_spec
+from peerturb_sim.real import RealModel
 from peerturb_sim.result import Result
 from peerturb_sim.scenario import RealSpec, Scenario
 from peerturb_sim.simulation import LOG_NAME, simulate
 from peerturb_sim.states import State
 from peerturb_sim.torch_compute import TorchCompute
-from tests.zo_models import byte_tokenizer, small_model
+from tests.simulation.real_small import real_section, real_spec_of, scenario_file
 
 ROUNDS, SLOTS, COUNT = 4, 3, 5
 
 
 @pytest.fixture(scope="module")
 def section(tmp_path_factory: pytest.TempPathFactory) -> RealSpec:
-    """A small model and two files of data; slot 2 shares the first one with slot 0."""
-    folder = tmp_path_factory.mktemp("real")
-    model = prepare(small_model("llama-tied"), "float32")
-    model.save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    files = []
-    for number in range(2):
-        path = folder / f"part{number}.jsonl"
-        lines = [json.dumps({"text": f"{'ab'[number]} word {'xyz' * (k % 4)} {k}"}) for k in range(12)]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        files.append(str(path))
-    return RealSpec.model_validate(
-        {
-            "kind": "torch", "model": str(folder / "model"), "data": files, "eval": files[0],
-            "objective": {"kind": "text", "template": "{text}", "tokens_max": 16},
-        }
-    )  # fmt: skip
+    return real_section(tmp_path_factory.mktemp("real"))
 
 
 @pytest.fixture(scope="module")
 def spec(section: RealSpec) -> RunSpec:
-    document: dict[str, Any] = {
-        "name": "real",
-        "model": {"name": "any", "digest": "0" * 64},
-        "round": {"probes_max": COUNT, "count": ROUNDS},
-        "step": {"learning_rate": 1e-2},
-    }
-    return real_spec(section, RunSpec.from_document(document, source="test"))
+    return real_spec_of(section, count=COUNT, rounds=ROUNDS)
 
 
 @pytest.fixture(scope="module")
 def local(section: RealSpec, spec: RunSpec) -> list[LocalRound]:
     """What the same peers seal in one process."""
     model = RealModel(section, spec)
-    runner = model._prepared.runner
-    parts = [model._engines[slot % 2].items for slot in range(SLOTS)]
+    runner = model.runner
+    parts = [model._engine(slot % 2).items for slot in range(SLOTS)]
     run = LocalRun(runner, spec, parts)
     done = list(run.run(ROUNDS))
     assert len({one.digest for one in done}) == ROUNDS
@@ -173,52 +144,6 @@ def test_what_is_given_up_is_not_measured(
     compute.apply(compute.base, rounds[0])
 
 
-@pytest.fixture
-def ray_compute(section: RealSpec, spec: RunSpec) -> Iterator[Any]:
-    from peerturb_sim.ray_compute import RayCompute
-
-    made: list[RayCompute] = []
-
-    def make(workers: int) -> RayCompute:
-        made.append(RayCompute(section.model_copy(update={"kind": "ray", "workers": workers}), spec))
-        return made[-1]
-
-    yield make
-    for compute in made:
-        compute.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_give_the_same_bytes(
-    workers: int, ray_compute: Any, rounds: list[RoundSealed], scales: list[float]
-) -> None:
-    compute = ray_compute(workers)
-    assert replayed(compute, rounds, scales) == codes_of(rounds)
-    assert compute.replaced == 0
-
-
-@pytest.mark.slow
-def test_a_lost_worker_loses_nothing(ray_compute: Any, rounds: list[RoundSealed], scales: list[float]) -> None:
-    compute = ray_compute(2)
-    assert replayed(compute, rounds[:2], scales) == codes_of(rounds)[:2]
-    for crew in compute._crews:
-        os.kill(compute._ray.get(crew.actor.process.remote()), signal.SIGKILL)
-    assert replayed(compute, rounds, scales) == codes_of(rounds)
-    assert compute.replaced == 2
-
-
-def test_without_ray_or_its_cluster_the_error_says_what_to_do(
-    section: RealSpec, spec: RunSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from peerturb_sim import ray_compute
-
-    away = section.model_copy(update={"kind": "ray", "address": "127.0.0.1:1"})
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ray_compute.RayError, match=r"pip install 'peerturb\[sim\]'"):
-        ray_compute.RayCompute(away, spec)
-
-
 def test_paths_and_slots_are_read_strictly(section: RealSpec) -> None:
     with pytest.raises(ValueError, match="data"):
         RealSpec.model_validate({**section.model_dump(), "data": []})
@@ -226,59 +151,17 @@ def test_paths_and_slots_are_read_strictly(section: RealSpec) -> None:
         RealSpec.model_validate({**section.model_dump(), "worker": 3})
 
 
-SCENARIO = """
-name = "real"
-eval_every = 2
-
-[round]
-count = 3
-probes_max = 4
-
-[step]
-learning_rate = 0.01
-
-[[peers]]
-name = "cards"
-count = 3
-evaluates = true
-
-[compute]
-kind = "{kind}"
-model = "{model}"
-data = {data}
-eval = "{eval}"
-workers = {workers}
-
-[compute.objective]
-template = "{{text}}"
-tokens_max = 16
-"""
-
-
-def simulated(section: RealSpec, folder: Path, kind: str, workers: int = 0) -> tuple[bytes, Result]:
+def simulated(section: RealSpec, folder: Path) -> tuple[bytes, Result]:
     folder.mkdir()
-    text = SCENARIO.format(
-        kind=kind, model=section.model, data=json.dumps(section.data), eval=section.eval, workers=workers
-    )
-    (folder / "scenario.toml").write_text(text, encoding="utf-8")
-    result = simulate(Scenario.load(folder / "scenario.toml"), folder=folder, out=folder)
+    result = simulate(Scenario.load(scenario_file(folder, section)), folder=folder, out=folder)
     return (folder / LOG_NAME).read_bytes(), result
 
 
 def test_a_real_model_is_simulated_twice_alike(section: RealSpec, tmp_path: Path) -> None:
-    first, result = simulated(section, tmp_path / "first", "torch")
-    again, _ = simulated(section, tmp_path / "again", "torch")
+    first, result = simulated(section, tmp_path / "first")
+    again, _ = simulated(section, tmp_path / "again")
     assert first == again
     assert result.is_finished
     assert not result.broken
     assert result.rounds[-1].peers == 3
     assert {row.round for row in result.evaluations} >= {2}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ray_gives_the_same_log(workers: int, section: RealSpec, tmp_path: Path) -> None:
-    here, _ = simulated(section, tmp_path / "torch", "torch")
-    there, result = simulated(section, tmp_path / "ray", "ray", workers)
-    assert here == there
-    assert result.is_finished

@@ -264,6 +264,19 @@ def test_an_interrupted_run_leaves_a_log_that_verifies_and_a_result_that_says_so
     assert verify(out / LOG_NAME).ledger.sealed_rounds == 5
 
 
+def test_a_run_that_is_out_of_time_fails_and_says_what_it_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "short.toml", tmp_path / "out"
+    path.write_text(SMALL.replace("until_s = 600", "until_s = 2"), encoding="utf-8")
+    assert run(["sim", "run", str(path), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "of 12 rounds are sealed" in said
+    assert "Raise until_s" in said
+    assert (out / RESULT_NAME).exists()
+    assert run(["log", "verify", str(out / LOG_NAME)]) == 0
+
+
 def test_a_flipped_bit_lasts_until_it_is_noticed(tmp_path: Path) -> None:
     result = simulated(tmp_path, CALM + '\n[[faults]]\nkind = "corruption"\nat_s = 2\nshare = 0.3\n')
     rows = [row for row in result.faults if row.kind == "corruption"]

@@ -47,3 +47,15 @@ def test_a_certificate_that_vouches_for_itself_needs_the_fingerprint(fingerprint
     assert "--fingerprint" in check.remedy
     # What a stranger shows must not be offered for pinning.
     assert fingerprint not in check.found + check.remedy
+
+
+@pytest.mark.parametrize("is_insecure", [False, True])
+def test_a_node_without_tls_is_told_that_the_coordinator_has_it(
+    is_insecure: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "fetch_certificate", lambda address, *, timeout_s: b"a certificate")
+    check = Network(NodeSettings(coordinator="127.0.0.1:7470", insecure=is_insecure))._secure()
+    assert check.outcome == "fail"
+    assert "speaks TLS" in check.found
+    assert "--fingerprint" in check.remedy
+    assert ("--insecure" in check.remedy) == is_insecure

@@ -220,6 +220,13 @@ def test_unusable_logs_end_with_two(tmp_path: Path, spoil: Callable[[Path], obje
     assert LogError.exit_code == 3, "the log commands' own"
 
 
+def test_a_folder_without_a_log_says_what_it_looked_for(tmp_path: Path) -> None:
+    whole = _write(tmp_path, "a.runlog", LOG)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LogError, match=r"empty holds no log: neither run\.log .*nor run\.sqlite .*name the folder"):
+        compare_logs(whole, tmp_path / "empty")
+
+
 def _numbered(records: list[Record]) -> list[tuple[bytes, Record]]:
     """Encode, and decode as a reader does: round numbers follow from the records before."""
     decoder = RecordDecoder()

@@ -67,6 +67,13 @@ class Network:
     def _secure(self) -> Check:
         settings = self.settings
         if settings.insecure or (is_loopback(settings.coordinator) and not settings.fingerprint):
+            if self._speaks_tls():
+                return fail(
+                    "tls",
+                    f"{settings.coordinator} speaks TLS, and this node would not",
+                    "give the --fingerprint of the coordinator's join command"
+                    + (", and leave --insecure out" if settings.insecure else ""),
+                )
             return ok(
                 "tls", "not used: " + ("--insecure" if settings.insecure else "the coordinator is on this computer")
             )
@@ -93,6 +100,13 @@ class Network:
                 "someone else answers there, or the coordinator has new keys: ask for a new join command",
             )
         return ok("tls", "the certificate is the expected one")
+
+    def _speaks_tls(self) -> bool:
+        try:
+            fetch_certificate(self.settings.coordinator, timeout_s=_TIMEOUT_S)
+        except UnreachableError:
+            return False
+        return True
 
     def _speak(self) -> Check:
         settings = self.settings
