@@ -1,7 +1,8 @@
 // Plots as SVG elements. They know numbers and labels, nothing of a run.
 
 const SPACE = "http://www.w3.org/2000/svg";
-const WIDTH = 480, HEIGHT = 200, LEFT = 52, RIGHT = 12, TOP = 10, BOTTOM = 24;
+const HEIGHT = 200, LEFT = 52, RIGHT = 12, TOP = 10, BOTTOM = 24;
+const NARROWEST = 260, RINGS_MAX = 40;
 
 export function element(name, attributes = {}, text = null) {
   const made = document.createElementNS(SPACE, name);
@@ -31,17 +32,18 @@ function scale(low, high, from, to) {
   return (value) => from + ((value - low) / width) * (to - from);
 }
 
-function frame(label, xs, ys) {
-  const svg = element("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label });
-  const x = scale(xs[0], xs[1], LEFT, WIDTH - RIGHT), y = scale(ys[0], ys[1], HEIGHT - BOTTOM, TOP);
+function frame(label, xs, ys, wide) {
+  const width = Math.max(wide, NARROWEST);
+  const svg = element("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": label });
+  const x = scale(xs[0], xs[1], LEFT, width - RIGHT), y = scale(ys[0], ys[1], HEIGHT - BOTTOM, TOP);
   for (const value of ticks(ys[0], ys[1], 4)) {
-    svg.append(element("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
+    svg.append(element("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) }));
     svg.append(element("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, short(value)));
   }
   for (const value of ticks(xs[0], xs[1], 5)) {
     if (Number.isInteger(value)) svg.append(element("text", { x: x(value), y: HEIGHT - 6, "text-anchor": "middle" }, short(value)));
   }
-  svg.append(element("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM }));
+  svg.append(element("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM }));
   return { svg, x, y };
 }
 
@@ -54,23 +56,25 @@ function span(values, isFromZero) {
 
 /**
  * Draw a line and, as rings, single points over rounds.
- * line, rings: lists of [round, value]; label: what a person hears who does not see it.
+ * line, rings: lists of [round, value]; label: what a person hears who does not see it; wide: of the place, in pixels.
  */
-export function curve(label, line, rings = [], isFromZero = false) {
+export function curve(label, wide, line, rings = [], isFromZero = false) {
   const all = [...line, ...rings];
   if (!all.length) return nothing();
   const xs = [Math.min(...all.map(([round]) => round)), Math.max(...all.map(([round]) => round), 1)];
-  const { svg, x, y } = frame(label, xs, span(all.map(([, value]) => value), isFromZero));
+  const { svg, x, y } = frame(label, xs, span(all.map(([, value]) => value), isFromZero), wide);
   const points = line.map(([round, value]) => `${x(round).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
   if (line.length) svg.append(element("polyline", { class: "line", points }));
-  for (const [round, value] of rings) svg.append(element("circle", { class: "ring", cx: x(round), cy: y(value), r: 3.5 }));
+  const gap = Math.ceil(rings.length / RINGS_MAX);
+  const shown = rings.filter((_, index) => (rings.length - 1 - index) % gap === 0);
+  for (const [round, value] of shown) svg.append(element("circle", { class: "ring", cx: x(round), cy: y(value), r: 3.5 }));
   return svg;
 }
 
 /** Draw one bar for each of the newest rounds: bars = [{round, value, isFull, text}], at most `most`. */
-export function bars(label, rows, most) {
+export function bars(label, wide, rows, most) {
   if (!rows.length) return nothing();
-  const width = 960, height = 120;
+  const width = Math.max(wide, NARROWEST), height = 120;
   const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
   const hatch = element("pattern", { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" });
   hatch.append(element("line", { class: "hatch", x1: 0, y1: 0, x2: 0, y2: 6 }));
@@ -81,7 +85,7 @@ export function bars(label, rows, most) {
   svg.append(element("text", { x: LEFT - 6, y: 14, "text-anchor": "end" }, `${short(high)} s`));
   rows.forEach((row, index) => {
     const tall = Math.max(2, ((row.value ?? 0) / high) * (height - 30));
-    const bar = element("rect", { class: row.isFull ? "full" : "part", x: LEFT + index * step + 1, y: height - 20 - tall, width: step - 3, height: tall, rx: 1.5 });
+    const bar = element("rect", { class: row.isFull ? "full" : "part", x: LEFT + index * step + 1, y: height - 20 - tall, width: Math.max(step - 2, 1), height: tall, rx: 1 });
     bar.append(element("title", {}, row.text));
     svg.append(bar);
   });

@@ -5,6 +5,7 @@ import { bars, curve, short } from "/drawing.js";
 const PEERS_SHOWN = 50, DRAW_MS = 250;
 const SYMBOLS = { connected: "●", lagging: "◐", away: "○", left: "×" };
 const byId = (id) => document.getElementById(id);
+const wide = (id) => byId(id).clientWidth;
 const grouped = (value) => Math.round(value).toLocaleString("en");
 
 let run = null;
@@ -37,6 +38,7 @@ source.addEventListener("changes", (event) => {
 });
 source.onopen = () => { byId("line").textContent = "live"; };
 source.onerror = () => { byId("line").textContent = "the line to the coordinator is lost; trying again …"; };
+addEventListener("resize", () => { if (run !== null) due(); });
 byId("more").addEventListener("click", () => { isAllShown = !isAllShown; showPeers(); });
 byId("copy").addEventListener("click", async () => {
   try {
@@ -115,14 +117,14 @@ function showCurves() {
   const durations = run.curve.filter((row) => row[4] !== null).map((row) => [row[0], row[4] / 1000]);
   const change = losses.length ? `${short(losses[0][1])} to ${short(losses.at(-1)[1])}` : "";
   byId("loss-text").textContent = change;
-  byId("loss-chart").replaceChildren(curve(`loss over ${grouped(run.now.round)} rounds: ${change}`, losses, held));
+  byId("loss-chart").replaceChildren(curve(`loss over ${grouped(run.now.round)} rounds: ${change}`, wide("loss-chart"), losses, held));
   byId("accuracy-card").hidden = !accuracies.length;
   if (accuracies.length) {
     const newest = `${(100 * accuracies.at(-1)[1]).toFixed(1)} % after round ${grouped(accuracies.at(-1)[0])}`;
     byId("accuracy-text").textContent = newest;
-    byId("accuracy-chart").replaceChildren(curve(`held-out accuracy: ${newest}`, [], accuracies));
+    byId("accuracy-chart").replaceChildren(curve(`held-out accuracy: ${newest}`, wide("accuracy-chart"), [], accuracies));
   }
-  byId("duration-chart").replaceChildren(curve("seconds from opening to sealing, over rounds", durations, [], true));
+  byId("duration-chart").replaceChildren(curve("seconds from opening to sealing, over rounds", wide("duration-chart"), durations, [], true));
 }
 
 function showTimeline() {
@@ -133,7 +135,7 @@ function showTimeline() {
     text: `round ${round}: ${count} peers, ${codes} projected gradients${duration === null ? "" : `, ${short(duration / 1000)} s`}${reason ? `, sealed: ${reason}` : ""}, loss ${short(loss)}`,
   }));
   const late = rows.filter((row) => !row.isFull).length;
-  byId("timeline").replaceChildren(bars(`the last ${rows.length} rounds, ${late} of them sealed at the deadline`, rows, run.limits.timeline));
+  byId("timeline").replaceChildren(bars(`the last ${rows.length} rounds, ${late} of them sealed at the deadline`, wide("timeline"), rows, run.limits.timeline));
 }
 
 function showPeers() {
