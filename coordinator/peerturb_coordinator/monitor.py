@@ -3,11 +3,15 @@
 It puts the parts together; each of them knows only the runner that it reads.
 """
 
+from pathlib import Path
+
 from peerturb.wire.http import HttpServer
+from peerturb.wire.metrics import new_registry, scrape_page
 from peerturb_coordinator.events import Events
 from peerturb_coordinator.live.history import History
 from peerturb_coordinator.live.routes import LivePage
 from peerturb_coordinator.live.view import View
+from peerturb_coordinator.metrics import Metrics
 from peerturb_coordinator.runner import Runner
 from peerturb_coordinator.watching import Watchers
 
@@ -19,10 +23,11 @@ class Monitor:
         address: HOST:PORT to bind.
         watchers: of the records; the page joins them here, before the log is folded.
         events: hear of what fails.
+        data_dir: folder of the log.
     """
 
-    def __init__(self, address: str, watchers: Watchers, events: Events) -> None:
-        self._listen = address
+    def __init__(self, address: str, watchers: Watchers, events: Events, *, data_dir: Path) -> None:
+        self._listen, self._watchers, self._data_dir = address, watchers, data_dir
         self._events = events
         self._history = History()
         watchers.add(self._history)
@@ -50,9 +55,12 @@ class Monitor:
         def readiness() -> str:
             return self._why_not or (f"no round is sealed: {runner.fault}" if runner.fault else "")
 
+        registry = new_registry()
+        metrics = Metrics(registry, runner, self._history, self._data_dir)
+        self._watchers.add(metrics)
         view = View(runner, self._history, join=join, needs_token=needs_token)
         self._page = LivePage(view, on_failure=lambda why: self._failed("/events", why))
-        routes = self._page.routes
+        routes = [*self._page.routes, ("/metrics", scrape_page(registry))]
         self._server = HttpServer(self._listen, routes=routes, readiness=readiness, on_failure=self._failed)
         await self._server.start()
 

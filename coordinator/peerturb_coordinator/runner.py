@@ -99,6 +99,16 @@ class Runner:
         """Describe the run. Changes nothing."""
         return self.machine.status(self.now_ms)
 
+    @property
+    def streams(self) -> int:
+        """Streams that stand, handshakes included."""
+        return len(self._sessions)
+
+    @property
+    def lag(self) -> int:
+        """Records that the slowest session has yet to be sent."""
+        return max((session.lag for session in self._sessions.values()), default=0)
+
     def next_session_id(self) -> SessionId:
         """Return a number no session has had."""
         self._sessions_begun += 1

@@ -49,7 +49,7 @@ class Server:
         self._events = events
         loop = asyncio.get_running_loop()
         watchers = Watchers(events)
-        self._monitor = _monitor(settings.http, watchers, events) if settings.http else None
+        self._monitor = _monitor(settings, watchers, events) if settings.http else None
         machine = recover(
             spec, store, hear=lambda record: watchers.hear(record, now_ms=None, at_s=None, reason="")
         )  # fmt: skip
@@ -145,7 +145,7 @@ class Server:
         self.store.close()
 
 
-def _monitor(address: str, watchers: Watchers, events: Events) -> "Monitor":
+def _monitor(settings: CoordinatorSettings, watchers: Watchers, events: Events) -> "Monitor":
     from peerturb_coordinator.monitor import Monitor  # brings aiohttp, which a coordinator without it can do without
 
-    return Monitor(address, watchers, events)
+    return Monitor(settings.http, watchers, events, data_dir=settings.data_dir)
