@@ -23,9 +23,7 @@ def serve(
     ] = None,
     http: Annotated[
         str | None,
-        typer.Option(
-            metavar="HOST:PORT", help="Serve the live page, health and metrics there.", show_default="not served"
-        ),
+        typer.Option(metavar="HOST:PORT", help="Serve the live page, health and metrics there; by default none."),
     ] = None,
     data_dir: Annotated[
         Path | None,
