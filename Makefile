@@ -22,7 +22,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 generate = PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) grpc_tools.protoc -I protos --python_out=$(1) --grpc_python_out=$(1) \
 	--mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTO_SOURCES)
 
-.PHONY: help demo test setup setup-browser lint format types imports proto proto-check test-fast test-slow bench bench-model clean distclean
+.PHONY: help demo test setup setup-browser setup-prometheus lint format types imports proto proto-check test-fast test-slow bench bench-model clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -38,8 +38,11 @@ setup: setup-dev ## Make .venv with all that development needs
 setup-%:
 	@python=$$(sh scripts/find_python.sh) && "$$python" scripts/setup.py $*
 
-setup-browser: ## Chromium for the test of the simulator's report (Debian and Ubuntu, as root); without it that test is skipped
+setup-browser: ## Chromium for the tests of pages (Debian and Ubuntu, as root); without it they are skipped
 	@apt-get update -qq && apt-get install -y --no-install-recommends chromium chromium-driver
+
+setup-prometheus: ## Prometheus for the test of metrics (Debian and Ubuntu, as root); without it that test is skipped
+	@apt-get update -qq && apt-get install -y --no-install-recommends prometheus
 
 lint: setup-dev ## ruff (lint and format) and codespell
 	@echo "== lint"

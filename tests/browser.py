@@ -38,20 +38,29 @@ class Browser:
     def __init__(self, address: str, folder: Path) -> None:
         self._base = f"{address}/session"
         options = {"args": [*_FLAGS, f"--user-data-dir={folder}"], "binary": shutil.which("chromium")}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        timeouts = {"script": int(1000 * _ANSWER_S)}
+        wanted = {
+            "timeouts": timeouts,
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+        }
         self._base += "/" + self._ask("POST", "", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
 
-    def open(self, page: Path, *, width: int, is_dark: bool = False, height: int = 900) -> None:
-        """Load a page of the file system into a window of so many CSS pixels, in light or dark dress."""
+    def open(self, page: Path | str, *, width: int, is_dark: bool = False, height: int = 900) -> None:
+        """Load a page, a file's or an address, into a window of so many CSS pixels, in light or dark dress."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._command("Emulation.setDeviceMetricsOverride", size)
         dress = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
         self._command("Emulation.setEmulatedMedia", {"features": [dress]})
-        self._ask("POST", "/url", {"url": page.resolve().as_uri()})
+        self._ask("POST", "/url", {"url": page if isinstance(page, str) else page.resolve().as_uri()})
 
     def run(self, script: str) -> Any:
         """Return what a JavaScript function's body returns."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": []})
+
+    def wait(self, script: str) -> Any:
+        """Return what a JavaScript function's body hands to its last argument, a function, sooner or later."""
+        return self._ask("POST", "/execute/async", {"script": script, "args": []})
 
     def complaints(self) -> list[str]:
         """Return what the console has been told since the last question, refused requests included."""

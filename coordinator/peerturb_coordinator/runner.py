@@ -6,6 +6,7 @@ and a commit in a thread takes 0.2 ms longer (measured, docs/LOG.md).
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import assert_never
@@ -24,6 +25,8 @@ from peerturb_coordinator.feed import Feed
 from peerturb_coordinator.session import Session
 from peerturb_coordinator.store import Entry, LogStore, StoreFault
 from peerturb_coordinator.trace import Trace
+from peerturb_coordinator.traffic import Traffic
+from peerturb_coordinator.watching import Watchers
 
 _PROBLEMS = frozenset(
     {RejectCode.BAD_TOKEN, RejectCode.BAD_SIGNATURE, RejectCode.LOG_DIVERGED, RejectCode.DIGEST_MISMATCH}
@@ -41,6 +44,7 @@ class Runner:
         events: Events,
         *,
         trace: Trace,
+        watchers: Watchers,
         retry_s: float,
         now_s: Callable[[], float],
     ) -> None:
@@ -48,6 +52,7 @@ class Runner:
 
         Args:
             trace: hears of every input.
+            watchers: hear of every record that is written.
             retry_s: pause between attempts to write while the store refuses.
             now_s: a monotonic clock in seconds, the event loop's.
         """
@@ -56,10 +61,13 @@ class Runner:
         self.fault = ""
         """Why nothing is sealed; empty when healthy."""
         self.counts: Counter[str] = Counter()
-        """Events of this process by name; what a metrics page will read, beside the machine's own counters."""
+        """Events of this process by name; what a metrics page reads, beside the machine's own counters."""
+        self.traffic = Traffic()
+        """Bytes of the sessions."""
         self._store = store
         self._events = events
         self._trace = trace
+        self._watchers = watchers
         self._retry_s = retry_s
         self._now_s = now_s
         self._sessions: dict[SessionId, Session] = {}
@@ -90,6 +98,16 @@ class Runner:
     def status(self) -> CoordinatorStatus:
         """Describe the run. Changes nothing."""
         return self.machine.status(self.now_ms)
+
+    @property
+    def streams(self) -> int:
+        """Streams that stand, handshakes included."""
+        return len(self._sessions)
+
+    @property
+    def lag(self) -> int:
+        """Records that the slowest session has yet to be sent."""
+        return max((session.lag for session in self._sessions.values()), default=0)
 
     def next_session_id(self) -> SessionId:
         """Return a number no session has had."""
@@ -176,7 +194,10 @@ class Runner:
         if self.fault:
             self.fault = ""
             self._events.info("log_writable_again", head=self._store.head)
+        now_ms, at_s = self.now_ms, time.time()
         for record in records:
+            reason = self.machine.sealing if isinstance(record, RoundSealed) else None
+            self._watchers.hear(record, now_ms=now_ms, at_s=at_s, reason="" if reason is None else reason.value)
             self._tell(record)
         return payloads
 

@@ -4,6 +4,7 @@ It knows every part and no rule.
 """
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -23,6 +24,10 @@ from peerturb_coordinator.service import SERVICE_NAME, CoordinatorService
 from peerturb_coordinator.settings import CoordinatorSettings
 from peerturb_coordinator.store import LogStore
 from peerturb_coordinator.trace import Trace
+from peerturb_coordinator.watching import Watchers
+
+if TYPE_CHECKING:
+    from peerturb_coordinator.monitor import Monitor
 
 _CALLS_MAX = 256
 """Other calls at once, beside sessions and half-open handshakes."""
@@ -43,11 +48,16 @@ class Server:
         self._settings = settings
         self._events = events
         loop = asyncio.get_running_loop()
-        machine = recover(spec, store)
+        watchers = Watchers(events)
+        self._monitor = _monitor(settings, watchers, events) if settings.http else None
+        machine = recover(
+            spec, store, hear=lambda record: watchers.hear(record, now_ms=None, at_s=None, reason="")
+        )  # fmt: skip
         self._trace = Trace(settings.trace, spec, events, records=store.head)
         self.runner = Runner(
-            machine, store, events, trace=self._trace, retry_s=settings.retry_ms / 1000, now_s=loop.time
-        )
+            machine, store, events, trace=self._trace, watchers=watchers, retry_s=settings.retry_ms / 1000,
+            now_s=loop.time,
+        )  # fmt: skip
         gate = Gate(token=settings.token_text, spec_digest=spec.digest)
         self._service = CoordinatorService(self.runner, store, gate, settings, events)
         self._health = health.aio.HealthServicer()
@@ -59,7 +69,7 @@ class Server:
         """Bind, begin the run, let peers in.
 
         Raises:
-            UnreachableError: the address cannot be bound.
+            UnreachableError: the address, or that of `http`, cannot be bound.
             SpecError: the TLS files cannot be used.
         """
         host, _ = split_address(self._settings.listen)
@@ -84,6 +94,9 @@ class Server:
                 f"cannot listen on {self._settings.listen}: the port is taken or the address is not this computer's"
             ) from error
         self.address = join_address(host, bound)
+        if self._monitor is not None:
+            needs_token = bool(self._settings.token_text)
+            await self._monitor.start(self.runner, join=self._join_command(""), needs_token=needs_token)
         self.runner.start()
         await server.start()
         self._grpc = server
@@ -104,15 +117,19 @@ class Server:
             "tls": bool(self._fingerprint),
             "fingerprint": self._fingerprint,
             "join": self.join_command,
+            "http": "" if self._monitor is None else self._monitor.address,
         }
 
     @property
     def join_command(self) -> str:
         """The line a volunteer types."""
+        return self._join_command(self._settings.token_text)
+
+    def _join_command(self, token: str) -> str:
         host, port = split_address(self.address)
         wildcard = "HOST" if host in ("0.0.0.0", "::") else host
         address = join_address(self._settings.advertise or wildcard, port)
-        return join_command(address, fingerprint=self._fingerprint, token=self._settings.token_text)
+        return join_command(address, fingerprint=self._fingerprint, token=token)
 
     async def stop(self) -> None:
         """Turn newcomers away, tell the sessions, wait for their streams to end, close the log. May be repeated."""
@@ -121,6 +138,14 @@ class Server:
             self._service.stop()
             await self._grpc.stop(self._settings.stop_grace_ms / 1000)
             self._grpc = None
+        if self._monitor is not None:
+            await self._monitor.stop()
         self.runner.feed.close()
         self._trace.close()
         self.store.close()
+
+
+def _monitor(settings: CoordinatorSettings, watchers: Watchers, events: Events) -> "Monitor":
+    from peerturb_coordinator.monitor import Monitor  # brings aiohttp, which a coordinator without it can do without
+
+    return Monitor(settings.http, watchers, events, data_dir=settings.data_dir)

@@ -14,7 +14,7 @@ import grpc.aio
 from peerturb import __version__, limits
 from peerturb.errors import LogError, RejectCode
 from peerturb.ids import Position
-from peerturb.protocol.messages import Challenge, Hello, Leave, Proof
+from peerturb.protocol.messages import Challenge, FromPeer, Hello, Leave, Proof
 from peerturb.spec import PROTOCOL_VERSION
 from peerturb.wire.channel import FEED_COMPRESSION, TOKEN_METADATA_KEY
 from peerturb.wire.errors import WireError
@@ -82,6 +82,7 @@ class CoordinatorService:
             self._runner.next_session_id(),
             self._runner.feed,
             context.write,
+            traffic=self._runner.traffic,
             stall_timeout_s=self._settings.stall_timeout_ms / 1000,
         )
         self._runner.opened(session)
@@ -114,7 +115,7 @@ class CoordinatorService:
                 session.refuse(RejectCode.SHUTTING_DOWN, _STOPPING, closes=True)
             elif await self._handshake(session, context):
                 while not session.is_closing and isinstance(data := await context.read(), bytes):
-                    message = parse_from_peer(data)
+                    message = self._parsed(data)
                     self._runner.receive(session, message)
                     if isinstance(message, Leave):
                         break
@@ -147,7 +148,7 @@ class CoordinatorService:
         if not isinstance(data, bytes):
             session.close()
             return None
-        hello = parse_from_peer(data)
+        hello = self._parsed(data)
         if not isinstance(hello, Hello):
             return RejectCode.NOT_JOINED, f"a {type(hello).__name__.lower()} came before the hello"
         if hello.protocol != PROTOCOL_VERSION:
@@ -166,7 +167,7 @@ class CoordinatorService:
         if not isinstance(data, bytes):
             session.close()
             return None
-        proof = parse_from_peer(data)
+        proof = self._parsed(data)
         if not isinstance(proof, Proof):
             return RejectCode.NOT_JOINED, f"a {type(proof).__name__.lower()} came where a proof was due"
         if not self._gate.admits_proof(key=hello.key, nonce=nonce, signature=proof.signature):
@@ -181,6 +182,16 @@ class CoordinatorService:
         if not session.is_closing:
             self._places.admit(session, hello.key)
         return None
+
+    def _parsed(self, data: bytes) -> FromPeer:
+        """Decode a message and count its bytes.
+
+        Raises:
+            WireError: it is none.
+        """
+        message = parse_from_peer(data)
+        self._runner.traffic.count("up", type(message).__name__.lower(), len(data))
+        return message
 
     def _divergence(self, hello: Hello) -> str | None:
         """Say why the peer's log is not a beginning of ours, None if it is."""

@@ -14,6 +14,7 @@ from peerturb.protocol.messages import Refusal, ToPeer, Welcome
 from peerturb.protocol.outputs import SessionId
 from peerturb.wire.messages import encode_to_peer
 from peerturb_coordinator.feed import Feed
+from peerturb_coordinator.traffic import Traffic
 
 OUTBOX_MESSAGES_MAX = 64
 """Answers a peer may leave unread; who provokes more refusals without reading them is cut off."""
@@ -24,8 +25,10 @@ Write = Callable[[bytes], Awaitable[None]]
 class Session:
     """A stream and what is still to be sent on it."""
 
-    def __init__(self, session: SessionId, feed: Feed, write: Write, *, stall_timeout_s: float) -> None:
-        """Begin with nothing to say; records flow from the `Welcome` on."""
+    def __init__(
+        self, session: SessionId, feed: Feed, write: Write, *, traffic: Traffic, stall_timeout_s: float
+    ) -> None:
+        """Begin with nothing to say; records flow from the `Welcome` on. What is written counts in `traffic`."""
         self.id = session
         self.position = Position(0)
         """Records the peer had when it said Hello."""
@@ -35,6 +38,7 @@ class Session:
         """Why the stream was cut off; empty if it was not."""
         self._feed = feed
         self._write = write
+        self._traffic = traffic
         self._stall_timeout_s = stall_timeout_s
         self._outbox: deque[bytes] = deque()
         self._cursor: Position | None = None
@@ -95,18 +99,19 @@ class Session:
                     if self.cut_why:
                         raise TimeoutError(self.cut_why)
                     if outbox:
-                        await self._write_in_time(outbox.popleft())
+                        await self._write_in_time(outbox.popleft(), "answer")
                     elif self._is_closing:
                         return
                     elif self._cursor is not None and self._cursor < feed.head:
                         message, self._cursor = await feed.batch(self._cursor)
-                        await self._write_in_time(message)
+                        await self._write_in_time(message, "records")
                     else:
                         wake.clear()
                         await wake.wait()
         finally:
             feed.unsubscribe(wake.set)
 
-    async def _write_in_time(self, message: bytes) -> None:
+    async def _write_in_time(self, message: bytes, kind: str) -> None:
         async with asyncio.timeout(self._stall_timeout_s):
             await self._write(message)
+        self._traffic.count("down", kind, len(message))

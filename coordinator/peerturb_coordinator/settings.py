@@ -6,7 +6,7 @@ Defaults < TOML file < environment (PEERTURB_COORDINATOR_...) < flags.
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from peerturb import limits
@@ -32,6 +32,9 @@ class CoordinatorSettings(BaseSettings):
     """Host name or address that peers use, for the printed join command; empty: the one of `listen`."""
     data_dir: Path = Path("peerturb-coordinator")
     """Folder of the run log. One run per folder."""
+    http: str = ""
+    """HOST:PORT of the live page, health and metrics; port 0 takes a free one; empty: none. Whoever reaches it sees the
+    run, read-only. Plaintext: behind a reverse proxy where it shall be public."""
     trace: Path | None = None
     """File for the membership trace, with which `peerturb sim reproduce` repeats the run; None: none is written."""
     tls_dir: Path | None = None
@@ -54,11 +57,12 @@ class CoordinatorSettings(BaseSettings):
     """Time between two progress lines."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("listen")
+    @field_validator("listen", "http")
     @classmethod
-    def _listen_is_an_address(cls, value: str) -> str:
+    def _is_an_address(cls, value: str, info: ValidationInfo) -> str:
         try:
-            split_address(value)
+            if value or info.field_name != "http":
+                split_address(value)
         except SpecError as error:
             raise ValueError(str(error)) from error
         return value

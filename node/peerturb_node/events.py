@@ -14,6 +14,7 @@ from typing import Any, Protocol, TextIO
 Event = Mapping[str, Any]
 
 KINDS = {
+    "monitor": "address",
     "start": "version name key coordinator run spec state compute device",
     "model": "parameters tensors dtype digest seconds quantised",
     "restored": "round position checkpoint",
@@ -53,6 +54,10 @@ class Events:
     def __init__(self, *sinks: Sink, now: Callable[[], float] = time.time) -> None:
         self._sinks = list(sinks)
         self._now = now
+
+    def add(self, sink: Sink) -> None:
+        """Let one more sink hear, from now on."""
+        self._sinks.append(sink)
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Tell all sinks."""
@@ -123,6 +128,8 @@ def sentence(event: Event) -> str:
                 f"peerturb {event['version']}: node {event['name']!r} (key {event['key'][:8]}) "
                 f"takes part in run {event['run']!r} at {event['coordinator']}, state in {event['state']}"
             )
+        case "monitor":
+            return f"health and metrics at http://{event['address']}/metrics"
         case "model":
             return (
                 f"model: {event['parameters']:,} parameters in {event['tensors']} tensors, {event['dtype']}, "

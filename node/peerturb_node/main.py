@@ -42,12 +42,21 @@ def run_node(
     """
     events = Events(_sink(is_json=is_json, stream=stream))
     try:
-        return asyncio.run(_run(settings, events, make_compute))
+        return asyncio.run(_monitored(settings, events, make_compute))
     except PeerturbError as error:
         events.emit("error", message=str(error), code=type(error).__name__)
         raise
     finally:
         events.close()
+
+
+async def _monitored(settings: NodeSettings, events: Events, make_compute: MakeCompute | None) -> int:
+    if not settings.http:
+        return await _run(settings, events, make_compute)
+    from peerturb_node.monitor import monitored  # brings aiohttp, which a node without it can do without
+
+    async with monitored(settings.http, events):
+        return await _run(settings, events, make_compute)
 
 
 async def _run(settings: NodeSettings, events: Events, make_compute: MakeCompute | None) -> int:

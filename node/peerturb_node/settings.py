@@ -65,6 +65,8 @@ class NodeSettings(BaseSettings):
     """PEM file of certificate authorities to trust in place of the system's."""
     insecure: bool = False
     """Allow plaintext beyond loopback."""
+    http: str = ""
+    """HOST:PORT of health and metrics; port 0 takes a free one; empty: none."""
     threads: int = Field(default=0, ge=0, le=1_024)
     """CPU threads for the numerics; 0: torch decides."""
     rows: int = Field(default=0, ge=0, le=65_536)
@@ -101,6 +103,14 @@ class NodeSettings(BaseSettings):
         if any(not mark or not left.strip() or not right.strip() for left, mark, right in pairs):
             raise ValueError(f"{value!r} is not of the form field=column,field=column")
         return {left.strip(): right.strip() for left, _, right in pairs}
+
+    @field_validator("http")
+    @classmethod
+    def _http_has_a_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if value and not (host and port.isascii() and port.isdigit() and int(port) < 65_536):
+            raise ValueError(f"{value!r} is not of the form HOST:PORT")
+        return value
 
     @field_validator("coordinator")
     @classmethod

@@ -332,6 +332,11 @@ class CoordinatorMachine:
         self._stall = stall
         return [Notice(code=stall.value, text=f"round {self.ledger.sealed_rounds} is not sealed: {decision.text}")]
 
+    @property
+    def sealing(self) -> SealReason | None:
+        """Why a round is being sealed, from the decision until the machine has applied the record; None otherwise."""
+        return self._sealing
+
     def _seal(self) -> list[CoordinatorOutput]:
         """Seal the round and open the next one (or end the run) in one transaction."""
         opened = self.ledger.open

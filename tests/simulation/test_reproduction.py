@@ -26,6 +26,7 @@ from peerturb_coordinator.recovery import recover
 from peerturb_coordinator.runner import Runner
 from peerturb_coordinator.store import Entry, MemoryLogStore, StoreFault
 from peerturb_coordinator.trace import Trace as TraceWriter
+from peerturb_coordinator.watching import Watchers
 from peerturb_sim.compute import Request
 from peerturb_sim.reproduction import Reproduction
 from peerturb_sim.scenario import ToySpec
@@ -101,7 +102,13 @@ class Life:
         self.store.dies = None
         self.trace = trace
         self.runner = Runner(
-            recover(SPEC, self.store), self.store, events, trace=trace, retry_s=0.2, now_s=lambda: self.now_s
+            recover(SPEC, self.store),
+            self.store,
+            events,
+            trace=trace,
+            watchers=Watchers(events),
+            retry_s=0.2,
+            now_s=lambda: self.now_s,
         )
         self.runner._arm = lambda: None  # type: ignore[method-assign]
         self._do(self.runner.start)

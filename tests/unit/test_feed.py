@@ -13,6 +13,7 @@ from peerturb.wire.v1 import coordinator_pb2 as pb
 from peerturb_coordinator.feed import BATCH_BYTES, Feed
 from peerturb_coordinator.session import OUTBOX_MESSAGES_MAX, Session
 from peerturb_coordinator.store import Entry, MemoryLogStore
+from peerturb_coordinator.traffic import Traffic
 
 
 class Log:
@@ -99,7 +100,7 @@ class Wire:
 
 
 def session_on(log: Log, wire: Wire, *, position: int = 0, stall_timeout_s: float = 60.0) -> Session:
-    session = Session(SessionId(1), log.feed, wire.write, stall_timeout_s=stall_timeout_s)
+    session = Session(SessionId(1), log.feed, wire.write, traffic=Traffic(), stall_timeout_s=stall_timeout_s)
     session.position = Position(position)
     return session
 

@@ -8,6 +8,7 @@ from peerturb_coordinator.feed import Feed
 from peerturb_coordinator.places import Places
 from peerturb_coordinator.session import Session
 from peerturb_coordinator.store import MemoryLogStore
+from peerturb_coordinator.traffic import Traffic
 
 KEYS = [PeerKey(bytes([number]) * 32) for number in range(3)]
 
@@ -19,7 +20,7 @@ def streams() -> list[Session]:
     async def write(data: bytes) -> None:
         raise AssertionError("places write nothing")
 
-    return [Session(SessionId(number), feed, write, stall_timeout_s=1.0) for number in range(9)]
+    return [Session(SessionId(number), feed, write, traffic=Traffic(), stall_timeout_s=1.0) for number in range(9)]
 
 
 def test_the_oldest_handshake_gives_way(streams: list[Session]) -> None:

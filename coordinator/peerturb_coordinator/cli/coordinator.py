@@ -21,6 +21,10 @@ def serve(
     advertise: Annotated[
         str | None, typer.Option(metavar="HOST", help="Host peers use, for the printed join command.")
     ] = None,
+    http: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve the live page, health and metrics there; by default none."),
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(help="Folder of the run log; an existing run there goes on.", show_default="peerturb-coordinator"),
@@ -52,6 +56,7 @@ def serve(
     flags = {
         "listen": listen,
         "advertise": advertise,
+        "http": http,
         "data_dir": data_dir,
         "trace": trace,
         "tls_dir": tls_dir,

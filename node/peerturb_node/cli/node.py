@@ -39,6 +39,10 @@ def run(
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Allow plaintext beyond this computer.", show_default=False)
     ] = None,
+    http: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve health and metrics there; by default none."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0: torch decides.", show_default="0")] = None,
     rows: Annotated[
         int | None,
