@@ -51,6 +51,7 @@ BENCHMARKS = {
     "overhead": Benchmark(
         summary="Milliseconds a round costs when computing costs nothing: real processes, fsync included."
     ),
+    "watch": Benchmark(summary="Milliseconds for which page and metrics hold a coordinator's event loop."),
     "join": Benchmark(summary="A peer that joins late: time until it trains, bytes it received."),
 }
 

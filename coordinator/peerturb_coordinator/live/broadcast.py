@@ -48,7 +48,7 @@ class Broadcast:
         """Yield events for one watcher: everything, then changes, until it is left behind or the broadcast closes."""
         queue: asyncio.Queue[bytes] = asyncio.Queue(BEHIND_MAX)
         self._tell()  # the others are up to date now, so that the next changes follow on everything
-        queue.put_nowait(_event("everything", self._view.everything()))
+        queue.put_nowait(event_of("everything", self._view.everything()))
         self._watchers.add(queue)
         if self._task is None:
             self._task = asyncio.create_task(self._repeat(), name="live page")
@@ -90,7 +90,7 @@ class Broadcast:
         if now == self._told and not any(changes[key] for key in ("timeline", "evaluations", "events", "peers")):
             return
         self._told = now
-        event = _event("changes", changes)
+        event = event_of("changes", changes)
         for queue in list(self._watchers):
             if queue.full():
                 self._watchers.discard(queue)
@@ -104,5 +104,6 @@ class Broadcast:
         self._watchers.clear()
 
 
-def _event(name: str, document: dict[str, Any]) -> bytes:
+def event_of(name: str, document: dict[str, Any]) -> bytes:
+    """Return a server-sent event."""
     return f"event: {name}\ndata: {json.dumps(document, separators=(',', ':'), allow_nan=False)}\n\n".encode()

@@ -79,6 +79,10 @@ class View:
             "peers": due,
         }
 
+    def forget(self) -> None:
+        """Take every peer for changed."""
+        self._peers.clear()
+
     def _now(self, status: CoordinatorStatus) -> dict[str, Any]:
         runner, counters = self._runner, self._runner.machine.counters
         traffic, history = runner.traffic, self._history
