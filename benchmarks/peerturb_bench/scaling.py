@@ -2,9 +2,10 @@
 
 Every run is the simulator's, with a real model in process: production machines, engine, bytes and update. Each number
 of peers gets the learning rate that serves it best: that of half as many peers, doubled as long as that takes fewer
-rounds, then a step of the square root of two to either side (tried on the first seed). A run that is not there after
-its most rounds is given up and counts as that many at least. value: rounds until the target, median of the seeds;
-reference: the ideal, the rounds of one peer over the peers; ratio: reference / value, 1 if every peer counted in full.
+rounds, then a step of the square root of two to either side; the median of the seeds decides. A run that is not there
+after its most rounds, or after half as many again as the best rate's median took, is given up. value: rounds until the
+target, median of the seeds; reference: the ideal, the rounds of one peer over the peers; ratio: reference / value, 1 if
+every peer counted in full.
 """
 
 import json
@@ -13,7 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
@@ -41,23 +42,29 @@ class Plan:
     seeds: Sequence[int]
     target: float
     """Held-out loss, nats."""
-    rates: Sequence[float]
-    """Tried with the fewest peers; powers of two of one another."""
+    rate: float
+    """The first that the fewest peers try."""
     rounds_max: int
     """Of the fewest peers; more of them get as many times fewer, but at least `rounds_least`."""
     rounds_least: int = 100
+    patience: float = 1.5
+    """Times the best rate's median, after which a run at another rate is given up."""
 
     def limit(self, peers: int) -> int:
         """Return the rounds after which so many peers give up."""
         return max(self.rounds_least, self.rounds_max * self.peers[0] // peers)
+
+    def patient(self, peers: int, best: float) -> int:
+        """Return the rounds after which a run of so many peers gives up, `best` being the fewest so far."""
+        return min(self.limit(peers), math.ceil(self.patience * best)) if math.isfinite(best) else self.limit(peers)
 
     def every(self, peers: int) -> int:
         """Return the rounds between evaluations: a two-hundredth of the most that are allowed."""
         return max(1, self.limit(peers) // 200)
 
 
-FULL = Plan(peers=(1, 2, 4, 8, 16, 32, 64, 128, 256), seeds=(0, 1, 2), target=4.0, rates=(5e-4, 1e-3), rounds_max=2_000)
-QUICK = Plan(peers=(1, 4), seeds=(0,), target=4.95, rates=(2e-3, 4e-3), rounds_max=200)
+FULL = Plan(peers=(1, 2, 4, 8, 16, 32, 64, 128, 256), seeds=(0, 1, 2), target=4.0, rate=5e-4, rounds_max=2_000)
+QUICK = Plan(peers=(1, 4), seeds=(0,), target=4.95, rate=2e-3, rounds_max=200)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,26 +77,33 @@ class Task:
     objective: dict[str, object] | None = None
 
 
+Rounds = list[float | None]
+"""Of runs to the target, by seed; None: given up."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Count:
     """What became of one number of peers."""
 
     peers: int
     limit: int
-    tried: dict[str, float | None] = field(default_factory=dict)
-    """Rounds of the first seed by learning rate; None: given up."""
-    rate: float = 0.0
-    rounds: list[float | None] = field(default_factory=list)
-    """By seed; None: given up."""
+    tried: dict[float, Rounds] = field(default_factory=dict)
+    """By learning rate."""
+
+    @property
+    def rate(self) -> float:
+        """The rate with the fewest rounds, the lower one of equals."""
+        return min(sorted(self.tried), key=lambda rate: _median(self.tried[rate]))
+
+    @property
+    def rounds(self) -> Rounds:
+        """What the best rate took."""
+        return self.tried[self.rate]
 
     @property
     def median(self) -> float:
         """Rounds to the target; infinite if most runs were given up."""
-        return statistics.median(math.inf if rounds is None else rounds for rounds in self.rounds)
-
-
-Search = Callable[[int, float, int], float | None]
-"""(peers, rate, seed) -> rounds to the target, None if the run was given up."""
+        return _median(self.rounds) if self.tried else math.inf
 
 
 def run(quick: bool = False, out: Path | None = None) -> list[Row]:
@@ -100,7 +114,7 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
         task = Task(name=f"{MODEL} on tinyshakespeare", model=model_folder(MODEL), files=text_files(folder))
         counts = measure(plan, task, say=_say)
     if out is not None:
-        document = {"task": task.name, "target": plan.target, "probes": PROBES, "counts": list(map(asdict, counts))}
+        document = {"task": task.name, "target": plan.target, "probes": PROBES, "counts": list(map(_as_json, counts))}
         (out / "scaling.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         plots.curves(out / "scaling.png", [[panel(plan, task.name, counts)]])
     return rows(plan, task.name, counts)
@@ -118,49 +132,38 @@ def measure(plan: Plan, task: Task, *, say: Callable[[str], None] = lambda line:
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
         for peers in plan.peers:
             count = Count(peers=peers, limit=plan.limit(peers))
-            rounds = partial(_rounds_of, pool, plan, task, count)
-            _choose(count, rounds, plan.rates if not counts else (counts[-1].rate,), plan.seeds[0])
-            others = rounds([count.rate] * len(plan.seeds[1:]), plan.seeds[1:])
-            count.rounds = [count.tried[f"{count.rate:g}"], *others]
+            _search(count, partial(_rounds_of, pool, plan, task, count), counts[-1].rate if counts else plan.rate)
             say(f"{peers} peers, lr {count.rate:g}: {count.rounds} rounds; tried {count.tried}")
             counts.append(count)
     return counts
 
 
-def _choose(
-    count: Count, rounds: Callable[[Sequence[float], Sequence[int]], list[float | None]],
-    rates: Sequence[float], seed: int,
-) -> None:  # fmt: skip
-    """Try rates, doubled ones as long as they are better, then those on either side of the best; note the best."""
+def _search(count: Count, rounds: Callable[[float], Rounds], start: float) -> None:
+    """Try `start`, then doubled rates as long as they are better, then those on either side of the best."""
 
-    def attempt(wanted: Sequence[float]) -> None:
-        found = rounds(wanted, [seed] * len(wanted))
-        count.tried.update({f"{rate:g}": number for rate, number in zip(wanted, found, strict=True)})
+    def attempt(rate: float) -> None:
+        count.tried[rate] = rounds(rate)
 
-    def best() -> float:
-        return float(min(count.tried, key=lambda rate: _or_never(count.tried[rate])))
-
-    attempt([*rates, 2 * rates[-1]])
-    while math.isclose(best(), highest := max(map(float, count.tried))):
-        attempt([2 * highest])
-    middle = best()
-    attempt([middle / math.sqrt(2), middle * math.sqrt(2)])
-    count.rate = best()
+    attempt(start)
+    attempt(2 * start)
+    while math.isclose(count.rate, highest := max(count.tried)) and math.isfinite(count.median):
+        attempt(2 * highest)
+    middle = count.rate
+    attempt(middle * math.sqrt(2))
+    attempt(middle / math.sqrt(2))
 
 
-def _or_never(rounds: float | None) -> float:
-    return math.inf if rounds is None else rounds
+def _median(rounds: Rounds) -> float:
+    return statistics.median(math.inf if number is None else number for number in rounds)
 
 
-def _rounds_of(
-    pool: ProcessPoolExecutor, plan: Plan, task: Task, count: Count, rates: Sequence[float], seeds: Sequence[int]
-) -> list[float | None]:
+def _rounds_of(pool: ProcessPoolExecutor, plan: Plan, task: Task, count: Count, rate: float) -> Rounds:
     jobs = [
         pool.submit(
-            rounds_to, task, peers=count.peers, rate=rate, seed=seed, target=plan.target, limit=count.limit,
-            every=plan.every(count.peers),
+            rounds_to, task, peers=count.peers, rate=rate, seed=seed, target=plan.target,
+            limit=plan.patient(count.peers, count.median), every=plan.every(count.peers),
         )
-        for rate, seed in zip(rates, seeds, strict=True)
+        for seed in plan.seeds
     ]  # fmt: skip
     return [job.result() for job in jobs]
 
@@ -248,6 +251,11 @@ def panel(plan: Plan, name: str, counts: Sequence[Count]) -> plots.Panel:
         title=f"{name}: {PROBES} probes a peer and round", x="peers", y=f"rounds to loss {plan.target:g}", lines=lines,
         is_log=True, is_log_y=True, ticks=xs,
     )  # fmt: skip
+
+
+def _as_json(count: Count) -> dict[str, object]:
+    tried = {f"{rate:g}": rounds for rate, rounds in sorted(count.tried.items())}
+    return {"peers": count.peers, "limit": count.limit, "rate": count.rate, "rounds": count.rounds, "tried": tried}
 
 
 def _say(line: str) -> None:

@@ -2,14 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from peerturb_bench import plots
 from peerturb_bench.rows import to_json
-from peerturb_bench.scaling import Count, Plan, Task, _choose, measure, panel, rounds_to, rows
+from peerturb_bench.scaling import Count, Plan, Task, _search, measure, panel, rounds_to, rows
 from peerturb_bench.simulated import crowd
 from peerturb_sim.fidelity import compute_of
 from tests.simulation.real_small import real_section
@@ -46,23 +45,30 @@ def test_a_run_ends_at_the_target_or_when_it_is_given_up(task: Task, base_loss: 
 def test_rates_are_doubled_as_long_as_that_helps() -> None:
     asked: list[float] = []
 
-    def rounds(rates: Sequence[float], seeds: Sequence[int]) -> list[float | None]:
-        assert set(seeds) == {7}
-        asked.extend(rates)
-        return [None if rate > 6 else 100 / rate for rate in rates]
+    def rounds(rate: float) -> list[float | None]:
+        asked.append(rate)
+        return [None if rate > 6 else 100 / rate, None if rate > 3 else 110 / rate, 90 / rate]
 
     count = Count(peers=2, limit=10)
-    _choose(count, rounds, (0.5,), 7)
+    _search(count, rounds, 0.5)
     assert asked[:5] == [0.5, 1.0, 2.0, 4.0, 8.0]
-    assert asked[5:] == pytest.approx([2.83, 5.66], abs=0.01)
-    assert count.rate == pytest.approx(5.66, abs=0.01)
-    assert count.tried["8"] is None
+    assert asked[5:] == pytest.approx([5.66, 2.83], abs=0.01)
+    assert count.rate == pytest.approx(5.66, abs=0.01), "the median decides, not one seed"
+    assert count.rounds == [100 / count.rate, None, 90 / count.rate]
+    assert count.median == 100 / count.rate
+
+
+def test_a_search_ends_where_no_rate_is_there() -> None:
+    count = Count(peers=2, limit=10)
+    _search(count, lambda rate: [None], 0.5)
+    assert (count.rate, count.rounds, len(count.tried)) == (0.5 / 2**0.5, [None], 4)
+    assert math.isinf(count.median)
 
 
 def test_the_whole_gives_rows_a_figure_and_a_file(
     task: Task, base_loss: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan(peers=(1, 4), seeds=(0, 1), target=base_loss - 0.01, rates=(0.01,), rounds_max=80, rounds_least=40)
+    plan = Plan(peers=(1, 4), seeds=(0, 1), target=base_loss - 0.1, rate=0.005, rounds_max=80, rounds_least=40)
     counts = measure(plan, task)
     assert [count.peers for count in counts] == [1, 4]
     assert all(len(count.rounds) == 2 and len(count.tried) >= 2 for count in counts)
@@ -76,10 +82,10 @@ def test_the_whole_gives_rows_a_figure_and_a_file(
 
 
 def test_runs_that_are_given_up_are_said_and_not_averaged_away() -> None:
-    plan = Plan(peers=(1, 2, 4), seeds=(0, 1, 2), target=1.0, rates=(1.0,), rounds_max=100, rounds_least=10)
+    plan = Plan(peers=(1, 2, 4), seeds=(0, 1, 2), target=1.0, rate=1.0, rounds_max=100, rounds_least=10)
     counts = [
-        Count(peers=1, limit=100, rate=1.0, rounds=[80.0, 90.0, None]),
-        Count(peers=2, limit=50, rate=1.0, rounds=[None, None, 45.0]),
+        Count(peers=1, limit=100, tried={1.0: [80.0, 90.0, None]}),
+        Count(peers=2, limit=50, tried={1.0: [None, None, 45.0]}),
     ]
     first, second = rows(plan, "t", counts)
     assert (first.value, first.ratio) == (90.0, 1.0)
@@ -87,3 +93,4 @@ def test_runs_that_are_given_up_are_said_and_not_averaged_away() -> None:
     assert (second.value, second.reference, second.ratio) == (None, 45.0, None)
     assert math.isinf(counts[1].median)
     assert (plan.limit(4), plan.every(1), plan.every(4)) == (25, 1, 1)
+    assert (plan.patient(4, math.inf), plan.patient(4, 10.1), plan.patient(4, 99.0)) == (25, 16, 25)
