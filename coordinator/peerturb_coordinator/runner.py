@@ -185,12 +185,7 @@ class Runner:
             raise StoreFault(self.fault)
         payloads = [encode_record(record) for record in records]
         self._trace.write()  # first: whatever is in the log then has its cause in the trace, wherever a crash comes
-        self._store.append(
-            [
-                Entry(kind=type(record).__name__, round=getattr(record, "round", None), payload=payload)
-                for record, payload in zip(records, payloads, strict=True)
-            ]
-        )
+        self._store.append([Entry.of(record, payload) for record, payload in zip(records, payloads, strict=True)])
         if self.fault:
             self.fault = ""
             self._events.info("log_writable_again", head=self._store.head)

@@ -197,7 +197,10 @@ class CoordinatorService:
         """Say why the peer's log is not a beginning of ours, None if it is."""
         ours = self._store.chain_at(hello.position)
         if ours is None:
-            return f"the peer's log has {hello.position} records, the run's {self._store.head}: it is another run's"
+            return (
+                f"the peer's log has {hello.position} records, the run's {self._store.head}: it is another run's, "
+                "or the run was restored from an older copy"
+            )
         if ours != hello.chain:
             return (
                 f"after {hello.position} records the peer's log has chain {hello.chain.hex()[:16]}, "

@@ -43,6 +43,11 @@ class Entry:
     payload: bytes
     """Encoded record: what the chain covers."""
 
+    @classmethod
+    def of(cls, record: object, payload: bytes) -> "Entry":
+        """Return a record's entry: its class and round beside its bytes."""
+        return cls(kind=type(record).__name__, round=getattr(record, "round", None), payload=payload)
+
 
 class StoreFault(Exception):
     """The store cannot write now; nothing of the batch was kept. Trying again later is right."""

@@ -1,4 +1,4 @@
-"""`peerturb coordinator`: serve a run, make its keys."""
+"""`peerturb coordinator`: serve a run, make its keys, restore its log."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serve a run to peers; make its keys.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Serve a run to peers; make its keys; restore its log."
+)
 
 
 @app.command()
@@ -109,3 +111,28 @@ def keys(
     typer.echo(f"Start the coordinator with\n\n  {command}\n\nVolunteers join with\n\n  {join}\n")
     if not hosts:
         typer.echo("HOST stands for this computer's name or address; --host puts it in.")
+
+
+@app.command()
+def restore(
+    logs: Annotated[
+        list[Path], typer.Argument(metavar="LOG...", help=".runlog files: a backup, or local.runlog of a node's state.")
+    ],
+    data_dir: Annotated[Path, typer.Option(help="Folder to make.")] = Path("peerturb-coordinator"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make a data folder from the longest of some logs of a run; `serve` then goes on from there.
+
+    What nodes have beyond that is lost: name a log of theirs too. `peerturb log export DATA_DIR --out FILE.runlog` backs
+    up a coordinator that runs.
+    """
+    from peerturb_coordinator.restoring import restore as restore_from
+
+    found = restore_from([path.expanduser() for path in logs], data_dir.expanduser())
+    ledger = found.verified.ledger
+    if as_json:
+        row = {"log": str(found.log), "records": ledger.position, "rounds": ledger.sealed_rounds}
+        typer.echo(json.dumps(row | {"chain": found.verified.chain.hex(), "data_dir": str(data_dir)}, indent=2))
+        return
+    typer.echo(f"{data_dir} holds {ledger.position} records, {ledger.sealed_rounds} rounds, from {found.log}\n")
+    typer.echo(f"Go on with\n\n  peerturb coordinator serve RUN.toml --data-dir {data_dir}")
