@@ -123,8 +123,8 @@ def restore(
 ) -> None:
     """Make a data folder from the longest of some logs of a run; `serve` then goes on from there.
 
-    What nodes have beyond that is lost: name a log of theirs too. `peerturb log export DATA_DIR --out FILE.runlog` backs
-    up a coordinator that runs.
+    What nodes have beyond that is lost: name a log of theirs too. While a coordinator runs, `peerturb log export
+    DATA_DIR --out FILE.runlog` backs it up.
     """
     from peerturb_coordinator.restoring import restore as restore_from
 
