@@ -218,7 +218,6 @@ def rows(plan: Plan, name: str, counts: Sequence[Count]) -> list[Row]:
         is_there, is_comparable = math.isfinite(count.median), math.isfinite(first.median)
         ideal = first.median * first.peers / count.peers if is_comparable else None
         noun = "peer" if count.peers == 1 else "peers"
-        given_up = sum(rounds is None for rounds in count.rounds)
         note = f"lr {count.rate:g}; seeds {', '.join('given up' if r is None else f'{r:g}' for r in count.rounds)}"
         made.append(
             Row(
@@ -227,7 +226,7 @@ def rows(plan: Plan, name: str, counts: Sequence[Count]) -> list[Row]:
                 unit="rounds",
                 reference=ideal,
                 ratio=ideal / count.median if is_there and ideal is not None else None,
-                note=note + (f" (after {count.limit} rounds)" if given_up else ""),
+                note=note,
             )
         )
     return made
@@ -248,7 +247,7 @@ def panel(plan: Plan, name: str, counts: Sequence[Count]) -> plots.Panel:
         ),
     ]  # fmt: skip
     return plots.Panel(
-        title=f"{name}: {PROBES} probes a peer and round", x="peers", y=f"rounds to loss {plan.target:g}", lines=lines,
+        title=f"{name}, {PROBES} probes a peer", x="peers", y=f"rounds to loss {plan.target:g}", lines=lines,
         is_log=True, is_log_y=True, ticks=xs,
     )  # fmt: skip
 

@@ -89,7 +89,7 @@ def test_runs_that_are_given_up_are_said_and_not_averaged_away() -> None:
     ]
     first, second = rows(plan, "t", counts)
     assert (first.value, first.ratio) == (90.0, 1.0)
-    assert "given up (after 100 rounds)" in first.note
+    assert "90, given up" in first.note
     assert (second.value, second.reference, second.ratio) == (None, 45.0, None)
     assert math.isinf(counts[1].median)
     assert (plan.limit(4), plan.every(1), plan.every(4)) == (25, 1, 1)

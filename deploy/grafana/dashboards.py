@@ -1,10 +1,10 @@
 """Write deploy/grafana/dashboards: what they show as a table, then Grafana's form of it.
 
 In the expressions `@c` stands for the labels of the chosen coordinators, `@n` for those of the chosen nodes, `@r`
-for Grafana's range of a rate.
+for Grafana's range of a rate. Needs the package grafana-foundation-sdk.
 
-python scripts/dashboards.py          # writes them
-python scripts/dashboards.py --check  # says whether they are up to date
+python deploy/grafana/dashboards.py          # writes them
+python deploy/grafana/dashboards.py --check  # says whether they are up to date
 """
 
 import sys
@@ -19,7 +19,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import BigValueGraphMode, LegendDisplayMode, LegendPlacement
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefresh
 
-FOLDER = Path(__file__).resolve().parent.parent / "deploy" / "grafana" / "dashboards"
+FOLDER = Path(__file__).resolve().parent / "dashboards"
 SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
 MEANING = {"@c": 'instance=~"$coordinator"', "@n": 'instance=~"$node"', "@r": "$__rate_interval"}
 KNOWN_BY = {"coordinator": "peerturb_sessions", "node": "peerturb_training"}
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str]) -> int:
     wanted = documents()
     stale = [name for name, text in wanted.items() if not _is_current(FOLDER / name, text)]
     if list(arguments) == ["--check"]:
-        print(f"out of date: {', '.join(stale)}; run python scripts/dashboards.py" if stale else "up to date")
+        print(f"out of date: {', '.join(stale)}; run python deploy/grafana/dashboards.py" if stale else "up to date")
         return 1 if stale else 0
     for name in stale:
         (FOLDER / name).write_text(wanted[name], encoding="utf-8")
