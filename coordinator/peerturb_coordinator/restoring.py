@@ -4,11 +4,11 @@ Every peer keeps the whole log, so the newest copy of a run often lies with one 
 records, nothing of networks.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from peerturb.errors import LogError
 from peerturb.ids import Position
@@ -47,17 +47,16 @@ def restore(logs: Sequence[Path], folder: Path) -> Restored:
     longest = max(logs, key=lambda path: found[path].ledger.position)
     _check_beginnings(found, longest)
     _check_free(folder)
-    draft = folder.with_name(folder.name + ".restoring")
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        _fill(draft, longest, found[longest])
-        if folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as name:
+            draft = Path(name) / folder.name
+            _fill(draft, longest, found[longest])
+            if folder.exists():
+                folder.rmdir()
+            draft.rename(folder)
     except (OSError, StoreFault) as error:
         raise LogError(f"cannot write the data folder {folder}: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return Restored(log=longest, verified=found[longest])
 
 
@@ -70,8 +69,8 @@ def _check_beginnings(found: dict[Path, Verified], longest: Path) -> None:
         for path in ends.get(Position(entry.position + 1), ()):
             if found[path].chain != entry.chain:
                 raise LogError(
-                    f"{path} and {longest} part before record {entry.position + 1}: they are not logs of one run. "
-                    f"`peerturb sim compare {path} {longest}` says where; restore from one of them"
+                    f"{path} and {longest} part within their first {entry.position + 1} records: they are logs of "
+                    f"different runs. `peerturb sim compare {path} {longest}` says where; restore from one of them"
                 )
 
 

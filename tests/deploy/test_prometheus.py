@@ -1,9 +1,11 @@
 """Configuration and alerts: Prometheus's own tool takes them; alerts have tests, sections, figures that exist."""
 
+import json
 import re
 import runpy
 import shutil
 import subprocess
+from typing import Any
 
 import pytest
 import yaml
@@ -41,9 +43,23 @@ def test_each_alert_has_a_test_and_a_section_that_says_what_to_do() -> None:
         assert f"`{rule['alert']}`" in page
 
 
-async def test_alerts_ask_for_figures_that_exist() -> None:
+async def test_alerts_and_dashboards_ask_for_figures_that_exist() -> None:
     script = runpy.run_path(str(REPOSITORY / "scripts" / "metrics_page.py"))
     known = script["names"](script["_coordinator"]()) | script["names"](script["_node"]())
     asked = {name for rule in rules() for name in re.findall(r"\bpeerturb_\w+", str(rule["expr"]))}
     assert asked
     assert asked <= known, asked - known
+    pages = sorted((REPOSITORY / "deploy" / "grafana" / "dashboards").glob("*.json"))
+    assert len(pages) == 5
+    for page in pages:
+        shown = _expressions(json.loads(page.read_text(encoding="utf-8")))
+        asked = {name for text in shown for name in re.findall(r"\b(?:peerturb|process)_\w+", text)}
+        plain = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked}
+        assert plain, page.name
+        assert plain <= known, (page.name, plain - known)
+
+
+def _expressions(dashboard: dict[str, Any]) -> list[str]:
+    panels = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    variables = [item["query"] for item in dashboard["templating"]["list"] if item["type"] == "query"]
+    return panels + [query.removeprefix("label_values") for query in variables]

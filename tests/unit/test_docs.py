@@ -73,7 +73,7 @@ def _options(command: Any) -> set[str]:
     return {"--help"} | {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
-def _check(words: list[str], *, is_whole: bool) -> None:
+def check_command(words: list[str], *, is_whole: bool) -> None:
     """Fail unless the command and each of its flags exist and, for a whole line, its arguments parse."""
     if not words or words[0] in ("--help", "--version"):
         return
@@ -89,14 +89,14 @@ def test_command_lines_parse(page: Path) -> None:
     for line in _shell_lines(page.read_text(encoding="utf-8")):
         if "peerturb " in line:
             for words in _commands(shlex.split(line, comments=True)):
-                _check(words, is_whole=True)
+                check_command(words, is_whole=True)
 
 
 @each_page
 def test_commands_named_in_passing_exist(page: Path) -> None:
     for code in _inline(page.read_text(encoding="utf-8")):
         if code.startswith("peerturb ") and code != "peerturb COMMAND --help":
-            _check([word for word in shlex.split(code)[1:] if word != "..."], is_whole=False)
+            check_command([word for word in shlex.split(code)[1:] if word != "..."], is_whole=False)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/start.md"])
@@ -111,11 +111,11 @@ def test_the_start_pages_show_the_whole_way(name: str) -> None:
 
 def test_a_wrong_flag_would_be_found() -> None:
     with pytest.raises(AssertionError, match="--listne"):
-        _check(["coordinator", "serve", "RUN.toml", "--listne", "0.0.0.0:1"], is_whole=True)
+        check_command(["coordinator", "serve", "RUN.toml", "--listne", "0.0.0.0:1"], is_whole=True)
     with pytest.raises(AssertionError, match="log exprot"):
-        _check(["log", "exprot"], is_whole=False)
+        check_command(["log", "exprot"], is_whole=False)
     with pytest.raises(Exception, match=r"[Mm]issing"):
-        _check(["coordinator", "serve"], is_whole=True)
+        check_command(["coordinator", "serve"], is_whole=True)
 
 
 def test_the_table_lists_every_command() -> None:

@@ -31,18 +31,19 @@ def test_the_longest_log_becomes_the_store(
     tmp_path: Path, logs: dict[str, Path], batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(restoring, "_BATCH", batch)
-    folder = tmp_path / "made"
+    folder = tmp_path / "new" / "made"
     found = restore([logs["old"], logs["whole"], logs["old"]], folder)
     assert found.log == logs["whole"]
     store = SqliteLogStore(folder)
     assert list(read_all(store, 100)) == PAYLOADS
     assert store.chain == found.verified.chain
     store.close()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["made"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["new"]
+    assert [path.name for path in folder.parent.iterdir()] == ["made"]
 
 
 def test_logs_of_different_runs_are_refused(tmp_path: Path, logs: dict[str, Path]) -> None:
-    with pytest.raises(LogError, match=r"other\.runlog and .*whole\.runlog part before record 4"):
+    with pytest.raises(LogError, match=r"other\.runlog and .*whole\.runlog part within their first 4 records"):
         restore([logs["whole"], logs["other"]], tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
