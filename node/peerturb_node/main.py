@@ -114,7 +114,7 @@ async def _take_part(
     A local log that is not on the run's chain is set aside, once, and everything fetched anew.
     """
     folder = state.run_folder(spec)
-    is_second = False
+    signals: StopSignals | None = None
     while True:
         log = await asyncio.to_thread(open_log, folder, spec, events)
         try:
@@ -129,14 +129,17 @@ async def _take_part(
                 unapplied=unapplied,
                 events=events,
             )
-            signals = StopSignals(node, events)
-            signals.install()
+            is_second = signals is not None
+            if signals is None:
+                signals = StopSignals(node, events)
+                signals.install()
+            else:
+                signals.hand_on(node)
             ended = await node.run()
         finally:
             log.close()
         if ended.refusal is not RejectCode.LOG_DIVERGED or is_second or not log.ledger.position:
             return ended, signals
-        is_second = True
         kept = set_aside(log.path)
         compute.reset()
         checkpoint = folder / compute.checkpoint_name

@@ -39,6 +39,12 @@ class StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.on_signal, number)
 
+    def hand_on(self, node: Leaving) -> None:
+        """Serve another node from now on; a wish to stop that came too late for the last one is handed on."""
+        was_leaving, self._node = self._node.is_leaving, node
+        if was_leaving:
+            node.leave("asked to stop while the last session was cleared away")
+
     @contextmanager
     def held_off(self, work: str) -> Iterator[None]:
         """Let `work` be finished whatever comes: a supervisor that asks twice shall not leave half of it behind.

@@ -32,7 +32,8 @@ def get(address: str, path: str) -> tuple[int, str]:
         with opener.open(f"http://{address}{path}", timeout=30) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+        with error:
+            return error.code, error.read().decode()
 
 
 def scrape(address: str) -> Figures:

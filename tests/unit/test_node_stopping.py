@@ -61,6 +61,27 @@ def test_the_first_signal_leaves_and_the_second_ends(first: signal.Signals, seco
     assert len(node.asked) == 1
 
 
+def test_a_wish_to_stop_is_handed_on_to_the_next_node() -> None:
+    """A signal between two nodes reaches the first, which has ended already and does nothing about it."""
+    first, second = Node(), Node()
+    signals = signals_of(first, Sink())
+    signals.on_signal(signal.SIGTERM)
+    signals.hand_on(second)
+    assert second.is_leaving
+    assert second.asked[0].startswith("asked to stop")
+    with pytest.raises(Ended):
+        signals.on_signal(signal.SIGTERM)
+
+
+def test_a_node_that_takes_over_in_peace_is_not_asked_to_stop() -> None:
+    first, second = Node(), Node()
+    signals = signals_of(first, Sink())
+    signals.hand_on(second)
+    assert not second.is_leaving
+    signals.on_signal(signal.SIGINT)
+    assert (first.asked, second.asked) == ([], ["asked to stop (SIGINT)"])
+
+
 @pytest.mark.parametrize("is_leaving", [False, True])
 def test_sigterm_waits_for_what_is_being_written(is_leaving: bool) -> None:
     node, sink = Node(), Sink()
