@@ -11,26 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from peerturb import limits
 from peerturb.errors import SpecError
 from peerturb.ids import RunKey
 from peerturb.manifest import DType
+from peerturb.noise import PerturbationSpec
+from peerturb.section import Section
+
+__all__ = ["PROTOCOL_VERSION", "PerturbationSpec", "RunSpec", "Section"]
 
 PROTOCOL_VERSION = 1
-
-
-class Section(BaseModel):
-    """A frozen part of the spec; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AdapterSpec(Section):
@@ -79,29 +71,6 @@ class ModelSpec(Section):
         return self
 
 
-class PerturbationSpec(Section):
-    """The noise and its measurement."""
-
-    family: Literal["rank1", "dense"] = "rank1"
-    """`rank1`: a matrix's noise is an outer product of signs; `dense`: one sign per element."""
-    epsilon: float = Field(default=1e-3, gt=0, le=1)
-    """How far a probe moves the weights along its noise."""
-    sides: Literal["two", "one"] = Field(default="two", exclude_if=lambda value: value == "two")
-    """`two`: central difference (L(θ+εz) - L(θ-εz)) / 2ε, each probe on examples of its own. `one`: forward difference
-    (L(θ+εz) - L(θ)) / ε, all probes of a contribution on the same `examples_per_probe` examples (the draw of sample 0).
-    Their clean loss L(θ) is measured once a contribution, so n probes cost n + 1 forward passes of those examples
-    instead of 2n. Left out of the canonical form while `two`, so that older runs keep their digest."""
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    """How g / s becomes an integer."""
-    initial_scale: float = Field(default=0.5, gt=0, le=1e6)
-    """s of round 0; later scales follow from the sealed codes."""
-
-    @property
-    def side_count(self) -> int:
-        """Perturbed evaluations of a probe: 2, or 1 beside the clean loss that all share."""
-        return 2 if self.sides == "two" else 1
-
-
 class PlateauSpec(Section):
     """When a loss that no longer falls cuts the learning rate (`peerturb.plateau`)."""
 
@@ -121,6 +90,10 @@ class StepSpec(Section):
     rule: Literal["normalized", "sgd"] = "normalized"
     """`normalized`: lr / (n rms(c)), blind to the loss's scale; `sgd`: lr s / n."""
     learning_rate: float = Field(default=1.5e-2, gt=0, le=1e3)
+    half_codes: int = Field(default=0, ge=0, le=2**30, exclude_if=lambda value: value == 0)
+    """h: with n codes in a round the step is n / (n + h) of its full size, half of it at h. Few codes point badly, so
+    they may move the weights only a little; this lets one rate serve rounds of 100 and of 10 000 codes
+    (docs/numerics.md). 0: every round makes its full step. Left out of the canonical form while 0."""
     schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
     """Course of the learning rate, from `learning_rate` to `final_fraction` of it: over `round.count` rounds, or
     (`plateau`) cut whenever the sealed losses stop falling."""
@@ -287,6 +260,15 @@ class RunSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _mixed_rounds_have_a_measure(self) -> Self:
+        if self.perturbation.is_mixed and not self.step.half_codes:
+            raise ValueError(
+                "rounds of both estimators differ a hundredfold in codes, so a step needs step.half_codes, the number "
+                "of codes at which it is half of learning_rate; write for instance half_codes = 8192"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_have_a_seed(self) -> Self:
         if self.model.adapter is not None and "seed" not in self.model_fields_set:
             raise ValueError(
@@ -298,7 +280,8 @@ class RunSpec(Section):
     @cached_property
     def canonical(self) -> bytes:
         """Canonical JSON: sorted keys, no white space, defaults written out; what came with later releases is left out
-        while empty (`perturbation.sides` while `two`), so that runs without it keep their digest."""
+        while empty (`perturbation.sides` while `two`, `estimators` while `spsa` alone), so that runs without it keep
+        their digest."""
         document = self.model_dump(mode="json", exclude_none=True)
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 

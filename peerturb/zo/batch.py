@@ -118,6 +118,11 @@ class Runner:
         losses = self.objective.losses(self.logits(rows, perturbation), rows)
         return losses.view(perturbation.probes, perturbation.sides, -1)
 
+    def graph_losses(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Return plain losses, [examples], with gradients where the caller has them switched on."""
+        rows = self.place(self.objective.rows(sequences))
+        return self.objective.losses(self.forward(rows), rows)
+
     def place(self, rows: Rows) -> Rows:
         """Move a batch to the model's device."""
         if self.device.type == "cpu":

@@ -105,6 +105,11 @@ class CustomEvaluator(Generic[Item]):
             losses = as_losses(self._loss(outputs, batch), len(rows))
         return losses if perturbation is None else losses.view(perturbation.probes, perturbation.sides, -1)
 
+    def graph_losses(self, items: Sequence[Item]) -> Tensor:
+        """Return plain losses, f64 [items], with gradients where they are switched on and the loss has some."""
+        batch = self._batch(items)
+        return as_losses(self._loss(self._run(batch, len(items)), batch), len(items))
+
     def trial(self, numbers: Tensor) -> Tensor:
         """See `peerturb.zo.coverage.Trial`: the outputs, which show every perturbation; a loss might hide it."""
         items = [self._examples[number % len(self._examples)] for number in numbers.tolist()]

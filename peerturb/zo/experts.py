@@ -63,6 +63,9 @@ def expert_linear(x: Tensor, weight: Tensor, routing: Routing, *, is_transposed:
     stack = weight if is_transposed else weight.transpose(1, 2)
     if _can_group(x, weight):
         return F.grouped_mm(x, stack, offs=routing.ends)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):  # no `out` can be differentiated
+        counts = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
+        return torch.cat([part @ matrix for part, matrix in zip(x.split(counts), stack, strict=True)])
     y = x.new_empty(len(x), stack.shape[2])
     begin = 0
     for expert, end in enumerate(routing.ends.tolist()):
