@@ -5,7 +5,7 @@ machine gets the same bits. It knows nothing of weights, peers or the network.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,8 @@ VOID = -128
 CODE_MAX = 127
 TARGET_RMS = 32.0
 """Where the automatic gain keeps rms(c): 12 dB below clipping, 5 bits above rounding."""
+FACTOR_MIN, FACTOR_MAX = 0.25, 2.0
+"""What a scale is multiplied by from one round to the next, at least and at most."""
 SCALE_MIN = 2.0**-100
 SCALE_MAX = 2.0**100
 STEP_MAX = 2.0**64
@@ -45,7 +47,7 @@ def encode(
     Raises:
         LogError: the scale is outside its bounds.
     """
-    _check_scale(scale)
+    check_scale(scale)
     values = np.asarray(projected, np.float64)
     is_finite = np.isfinite(values)
     # Beyond +-128 nothing can change the code, and clipping first keeps the quotient from overflowing.
@@ -82,11 +84,11 @@ def next_scale(scale: float, codes: Codes) -> np.float32:
     Raises:
         LogError: the scale is outside its bounds.
     """
-    _check_scale(scale)
-    count, squares = _valid_squares(codes)
+    check_scale(scale)
+    count, squares = valid_squares(codes)
     if count == 0:
         return np.float32(scale)
-    factor = min(max(math.sqrt(math.sqrt(squares / count) / TARGET_RMS), 0.25), 2.0)
+    factor = min(max(math.sqrt(math.sqrt(squares / count) / TARGET_RMS), FACTOR_MIN), FACTOR_MAX)
     return np.float32(min(max(float(scale) * factor, SCALE_MIN), SCALE_MAX))
 
 
@@ -127,33 +129,39 @@ def step_size(
 ) -> np.float32:
     """Return alpha of a sealed round: what the integer sum of codes x signs is multiplied by.
 
-    `sgd`: lr * s / n; `normalized`: lr / (n * rms(c)), rms from the exact integer sum of squares; n counts valid codes.
-    Zero if no valid code differs from zero; at most 2^64. `fraction` is for the plateau schedule: see `learning_rate`.
+    `sgd`: lr * s / (n + h); `normalized`: lr / ((n + h) * rms(c)), rms from the exact integer sum of squares; n counts
+    valid codes, h is the RunSpec's `half_codes`. Zero if no valid code differs from zero; at most 2^64. `fraction` is
+    for the plateau schedule: see `learning_rate`. Where both estimators are allowed: `peerturb.mixing`.
 
     Raises:
         LogError: the scale is outside its bounds.
     """
-    _check_scale(scale)
-    count, squares = _valid_squares(codes)
+    check_scale(scale)
+    count, squares = valid_squares(codes)
     if squares == 0:
         return np.float32(0.0)
     rate = learning_rate(step, round, total_rounds, fraction=fraction)
-    alpha = rate * float(scale) / count if step.rule == "sgd" else rate / (count * math.sqrt(squares / count))
+    whole = count + step.half_codes
+    alpha = rate * float(scale) / whole if step.rule == "sgd" else rate / (whole * math.sqrt(squares / count))
     return np.float32(min(alpha, STEP_MAX))
 
 
-def mean_loss(parts: Iterable[tuple[Codes, float]]) -> float:
+def mean_loss(parts: Iterable[tuple[Codes, float]], *, exact: Collection[int] = (), exact_weight: float = 1.0) -> float:
     """Return the loss of a sealed round in f64, before it is rounded to f32; NaN if nothing counts.
 
-    The mean of the finite losses, each weighted by its contribution's valid codes, in the order given.
+    The mean of the finite losses in the order given, each weighted by the examples behind it: its contribution's valid
+    codes, or `exact_weight` for an exact one with any.
 
     Args:
         parts: codes and loss, an f32 value, of each contribution, in the order of slots.
+        exact: which of them are exact, by number.
+        exact_weight: examples of an exact contribution over those of a probe.
     """
-    total, weights = 0.0, 0
-    for codes, loss in parts:
+    total, weights = 0.0, 0.0
+    for number, (codes, loss) in enumerate(parts):
         values = _as_codes(codes)
-        weight = len(values) - int(np.count_nonzero(values == VOID))
+        valid = len(values) - int(np.count_nonzero(values == VOID))
+        weight = min(valid, 1) * exact_weight if number in exact else valid
         if weight and math.isfinite(loss):
             total += loss * weight
             weights += weight
@@ -164,7 +172,7 @@ def _as_codes(codes: Codes) -> NDArray[np.int8]:
     return np.frombuffer(codes, np.int8) if isinstance(codes, bytes) else np.asarray(codes, np.int8)
 
 
-def _valid_squares(codes: Codes) -> tuple[int, int]:
+def valid_squares(codes: Codes) -> tuple[int, int]:
     """Return how many codes are valid, and the exact sum of their squares."""
     values = decode(codes)
     count = len(values) - int(np.count_nonzero(_as_codes(codes) == VOID))
@@ -172,6 +180,7 @@ def _valid_squares(codes: Codes) -> tuple[int, int]:
     return count, int(np.dot(wide, wide))
 
 
-def _check_scale(scale: float) -> None:
+def check_scale(scale: float) -> None:
+    """Raise `LogError` for a scale outside of its bounds."""
     if not SCALE_MIN <= scale <= SCALE_MAX:
         raise LogError(f"the scale of a round is {scale!r}; it must lie between 2**-100 and 2**100")

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from peerturb import limits
 from peerturb.errors import RejectCode
 from peerturb.ids import short_hex
+from peerturb.noise import Estimator
 from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.messages import Contribution, Hello
+from peerturb.protocol.rules import codes_max
 from peerturb.spec import PROTOCOL_VERSION, RunSpec
 
 
@@ -57,10 +59,16 @@ def refusal(
     return None
 
 
-def contribution_refusal(message: Contribution, ledger: Ledger, *, probes_max: int) -> Denial | None:
+def contribution_refusal(message: Contribution, ledger: Ledger, *, spec: RunSpec) -> Denial | None:
     """Say why a member's contribution does not count; None if it does."""
-    if len(message.codes) > probes_max:
-        why = f"the contribution has {len(message.codes)} codes, the RunSpec allows {probes_max}"
+    estimator: Estimator = "exact" if message.is_exact else "spsa"
+    if not spec.perturbation.allows(estimator):
+        allowed = " and ".join(spec.perturbation.estimators)
+        why = f'the contribution is of the estimator "{estimator}", the RunSpec allows {allowed} only'
+        return Denial(code=RejectCode.MALFORMED, why=why)
+    most = codes_max(spec, is_exact=message.is_exact)
+    if len(message.codes) > most:
+        why = f"the contribution has {len(message.codes)} codes, the RunSpec allows {most}"
         return Denial(code=RejectCode.TOO_MANY_CODES, why=why)
     if not message.codes:
         return Denial(code=RejectCode.EMPTY_CONTRIBUTION, why="the contribution has no codes")

@@ -1,6 +1,7 @@
 """Contributions to the open round: kept once per slot, and turned into a sealed round."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from peerturb import codec, limits
 from peerturb.floats import f32
@@ -61,13 +62,22 @@ class Contributions:
         digest = self.canonical_digest(ledger)
         chosen = sorted(slot for slot, pending in self.of_slot.items() if pending.contribution.digest == digest)
         parts = [self.of_slot[slot].contribution for slot in chosen]
-        codes = b"".join(part.codes for part in parts)
-        return RoundSealed(
+        sealed = RoundSealed(
             round=opened.round,
-            alpha=ledger.alpha_for(codes),
-            loss=f32(codec.mean_loss((part.codes, part.loss) for part in parts)),
+            alpha=0.0,
+            loss=f32(_mean_loss(ledger, parts)),
             digest=digest,
             slots=tuple(chosen),
             counts=tuple(len(part.codes) for part in parts),
-            codes=codes,
+            codes=b"".join(part.codes for part in parts),
+            exact=tuple(slot for slot, part in zip(chosen, parts, strict=True) if part.is_exact),
         )
+        return replace(sealed, alpha=ledger.alpha_for(sealed))
+
+
+def _mean_loss(ledger: Ledger, parts: Sequence[Contribution]) -> float:
+    """Return the mean of the losses, weighted by the examples behind them."""
+    assert ledger.spec is not None
+    exact = {number for number, part in enumerate(parts) if part.is_exact}
+    weight = ledger.spec.perturbation.exact_rules.examples / ledger.spec.objective.examples_per_probe
+    return codec.mean_loss(((part.codes, part.loss) for part in parts), exact=exact, exact_weight=weight)

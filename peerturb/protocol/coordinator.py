@@ -128,9 +128,8 @@ class CoordinatorMachine:
         if self.ledger.is_finished:
             return []
         if self.ledger.open is None:
-            return [
-                Append(record=self._next_record(self.ledger.sealed_rounds, self.ledger.scale, self._pace.longest_ms))
-            ]
+            scales, longest_ms = self.ledger.scales, self._pace.longest_ms
+            return [Append(record=self._next_record(self.ledger.sealed_rounds, scales, longest_ms))]
         return self._decide()
 
     def deadline_ms(self) -> int | None:
@@ -280,7 +279,7 @@ class CoordinatorMachine:
 
     def _contribution(self, session: SessionId, slot: Slot, message: Contribution) -> Sequence[CoordinatorOutput]:
         assert self._now_ms is not None
-        refusal = admission.contribution_refusal(message, self.ledger, probes_max=self.spec.round.probes_max)
+        refusal = admission.contribution_refusal(message, self.ledger, spec=self.spec)
         if refusal is None:
             if self._pending.is_full and slot not in self._pending.of_slot:
                 why = "the round holds as many contributions as a record can"
@@ -343,10 +342,10 @@ class CoordinatorMachine:
         assert opened is not None
         sealed = self._pending.seal(self.ledger)
         longest_ms = self._pace.after(self._pending.longest_ms(sealed.slots))
-        scale = self.ledger.scale_after(sealed)
+        scales = self.ledger.scales_after(sealed)
         outputs: list[CoordinatorOutput] = [
             Append(record=sealed),
-            Append(record=self._next_record(RoundNumber(opened.round + 1), scale, longest_ms)),
+            Append(record=self._next_record(opened.round + 1, scales, longest_ms)),
         ]
         for slot, pending in sorted(self._pending.of_slot.items()):
             link = self._members.link_of(slot)
@@ -364,10 +363,13 @@ class CoordinatorMachine:
         )
         return Reject(session=session, code=RejectCode.DIGEST_MISMATCH, why=why, closes=False)
 
-    def _next_record(self, round_: int, scale: float, longest_ms: int | None) -> RoundOpened | RunFinished:
+    def _next_record(
+        self, round_: int, scales: tuple[float, float], longest_ms: int | None
+    ) -> RoundOpened | RunFinished:
         if self.spec.round.count and round_ >= self.spec.round.count:
             return RunFinished(rounds=round_)
-        return RoundOpened(round=RoundNumber(round_), scale=scale, deadline_ms=self._pace.deadline_ms(longest_ms))
+        due_ms = self._pace.deadline_ms(longest_ms)
+        return RoundOpened(round=RoundNumber(round_), scale=scales[0], deadline_ms=due_ms, exact_scale=scales[1])
 
     def _sealed(self, record: RoundSealed) -> None:
         """Count what the sealed round says about its peers, then forget its contributions."""

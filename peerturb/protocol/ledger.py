@@ -6,13 +6,12 @@ codes: its size depends on the number of identities, not on the number of rounds
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import assert_never
 
 from peerturb import codec, limits
 from peerturb.errors import LogError
-from peerturb.floats import f32, is_f32
-from peerturb.ids import PeerKey, Position, RoundNumber, Slot, short_hex
+from peerturb.floats import f32
+from peerturb.ids import PeerKey, Position, Slot, short_hex
 from peerturb.plateau import Plateau
 from peerturb.protocol.records import (
     Evaluated,
@@ -25,8 +24,11 @@ from peerturb.protocol.records import (
     RunFinished,
     RunStarted,
 )
+from peerturb.protocol.rules import alpha_of, estimator_objection, scales_after, shape_objection, step_size
 from peerturb.spec import RunSpec
 from peerturb.trend import Trend
+
+__all__ = ["IllegalRecordError", "Ledger", "Member", "shape_objection", "step_size"]
 
 _START = Position(0)
 
@@ -71,7 +73,9 @@ class Ledger:
     last_sealed_at: Position = _START
     """Position of the newest `RoundSealed`."""
     scale: float = 0.0
-    """Scale the next round opens with."""
+    """Scale the next round opens with; where the run allows both estimators that of `spsa`."""
+    exact_scale: float = 0.0
+    """That of exact codes; 0 unless the run allows both estimators."""
     last_scale: float = 0.0
     """Scale of the newest sealed round."""
     alpha: float = 0.0
@@ -107,16 +111,21 @@ class Ledger:
         """Return the slot an identity has, or would get."""
         return self.slot_of.get(key, Slot(len(self.members)))
 
-    def scale_after(self, sealed: RoundSealed) -> float:
-        """Return the scale that follows the open round if it is sealed so: an f32 value."""
-        assert self.open is not None
-        return f32(float(codec.next_scale(self.open.scale, sealed.codes)))
+    @property
+    def scales(self) -> tuple[float, float]:
+        """`scale` and `exact_scale`."""
+        return self.scale, self.exact_scale
 
-    def alpha_for(self, codes: bytes) -> float:
+    def scales_after(self, sealed: RoundSealed) -> tuple[float, float]:
+        """Return the scales that follow the open round if it is sealed so: f32 values, as `scale`, `exact_scale`."""
+        assert self.open is not None
+        return scales_after(self.open, sealed)
+
+    def alpha_for(self, sealed: RoundSealed) -> float:
         """Return the step size that follows from the open round's codes and the rounds before it: an f32 value."""
         assert self.spec is not None
         assert self.open is not None
-        return step_size(self.spec, self.open.round, self.open.scale, codes, fraction=self.plateau.fraction)
+        return alpha_of(self.spec, self.open, sealed, fraction=self.plateau.fraction)
 
     def apply(self, record: Record) -> None:
         """Check the record and take it in.
@@ -131,6 +140,7 @@ class Ledger:
             case RunStarted(spec=spec):
                 self.spec = spec
                 self.scale = f32(max(spec.perturbation.initial_scale, codec.SCALE_MIN))
+                self.exact_scale = self.scale if spec.perturbation.is_mixed else 0.0
             case PeerJoined():
                 self._join(record)
             case PeerLeft(slot=slot):
@@ -188,7 +198,7 @@ class Ledger:
             member.probes += count
             member.contributions += 1
         self.last_scale = self.open.scale
-        self.scale = self.scale_after(record)
+        self.scale, self.exact_scale = self.scales_after(record)
         self.alpha, self.loss, self.digest = record.alpha, record.loss, record.digest
         self.probes += len(record.codes)
         self.void_codes += record.codes.count(VOID_BYTE)
@@ -225,6 +235,8 @@ class Ledger:
             return f"opens round {record.round} of a run of {spec.round.count}"
         if record.scale != self.scale:
             return f"has scale {record.scale!r}; from the codes follows {self.scale!r}"
+        if record.exact_scale != self.exact_scale:
+            return f"has the exact scale {record.exact_scale!r}; from the codes follows {self.exact_scale!r}"
         if not spec.round.deadline_ms_min <= record.deadline_ms <= spec.round.deadline_ms_max:
             bounds = f"{spec.round.deadline_ms_min} and {spec.round.deadline_ms_max}"
             return f"has a deadline of {record.deadline_ms} ms; the RunSpec wants it between {bounds}"
@@ -235,7 +247,7 @@ class Ledger:
             return "seals a round while none is open"
         if record.round != self.open.round:
             return f"seals round {record.round}; open is round {self.open.round}"
-        why = shape_objection(record, probes_max=spec.round.probes_max)
+        why = shape_objection(record) or estimator_objection(record, spec)
         if why is not None:
             return why
         if record.slots[-1] >= len(self.members):
@@ -243,7 +255,7 @@ class Ledger:
         first = spec.first_digest if record.round == 0 else None
         if first is not None and record.digest != first:
             return f"was measured on weights {short_hex(record.digest)}; the base weights are {short_hex(first)}"
-        alpha = self.alpha_for(record.codes)
+        alpha = self.alpha_for(record)
         if record.alpha != alpha:
             return f"has step size {record.alpha!r}; from the codes follows {alpha!r}"
         return None
@@ -266,28 +278,3 @@ class Ledger:
         if not record.rounds == self.sealed_rounds == spec.round.count:
             return f"says {record.rounds} rounds, sealed are {self.sealed_rounds}, the RunSpec has {spec.round.count}"
         return None
-
-
-def step_size(spec: RunSpec, round_: RoundNumber, scale: float, codes: bytes, *, fraction: float = 1.0) -> float:
-    """Return the alpha that follows from a round's codes, as an f32 value; `fraction` is the plateau schedule's."""
-    return f32(float(codec.step_size(spec.step, round_, scale, codes, spec.round.count, fraction=fraction)))
-
-
-def shape_objection(record: RoundSealed, *, probes_max: int = limits.PROBES_PER_CONTRIBUTION_MAX) -> str | None:
-    """Say what is wrong with a sealed round looked at alone, or return None."""
-    slots, counts = record.slots, record.counts
-    if not slots:
-        return "holds no contribution"
-    if len(slots) > limits.SESSIONS_MAX:
-        return f"holds {len(slots)} contributions, more than {limits.SESSIONS_MAX}"
-    if len(slots) != len(counts):
-        return f"has {len(slots)} slots and {len(counts)} counts"
-    if any(low >= high for low, high in pairwise(slots)):
-        return "has slots that do not ascend"
-    if slots[0] < 0 or slots[-1] >= limits.SLOTS_MAX:
-        return f"names a slot outside 0..{limits.SLOTS_MAX - 1}"
-    if min(counts) < 1 or max(counts) > probes_max:
-        return f"has a contribution outside 1..{probes_max} codes"
-    if sum(counts) != len(record.codes):
-        return f"has counts of {sum(counts)} in all and {len(record.codes)} codes"
-    return None if is_f32(record.alpha) else f"has step size {record.alpha!r}, which is not an f32 number"

@@ -2,11 +2,14 @@
 
 from peerturb.floats import f32
 from peerturb.ids import RoundNumber
+from peerturb.noise import Estimator
 from peerturb.protocol.messages import Contribution
 from peerturb.protocol.outputs import CancelMeasure, Measure, PeerOutput, Say
 from peerturb.protocol.probing import ProbeBudget
 from peerturb.protocol.records import RoundOpened
 from peerturb.protocol.results import Measured
+from peerturb.protocol.rules import codes_max
+from peerturb.spec import RunSpec
 
 
 class Measuring:
@@ -16,10 +19,13 @@ class Measuring:
         round: the round being measured, also when its measurement is cancelled and not yet back; None for none.
     """
 
-    def __init__(self, budget: ProbeBudget, probes_max: int) -> None:
-        """Begin with nothing measured; `probes_max` is the RunSpec's."""
+    def __init__(self, spec: RunSpec, estimator: Estimator = "spsa", probes_max: int | None = None) -> None:
+        """Begin with nothing measured; `estimator` is how the shell measures, `probes_max` a limit of its own."""
         self.round: RoundNumber | None = None
-        self._budget, self._probes_max = budget, probes_max
+        self._is_exact = estimator == "exact"
+        self._probes_max = codes_max(spec, is_exact=self._is_exact)
+        most = self._probes_max if probes_max is None else min(probes_max, self._probes_max)
+        self._budget = ProbeBudget(probes_max=most, budget_ms=0 if self._is_exact else spec.round.budget_ms)
         self._measured_on = 0
         self._is_cancelled = False
         self._may_cancel = False
@@ -44,7 +50,8 @@ class Measuring:
         if self.round is not None:
             return []
         self.round, self._measured_on, self._is_cancelled = opened.round, digest, False
-        return [Measure(round=opened.round, scale=opened.scale, count=self._budget.count())]
+        scale = opened.scale_of(is_exact=self._is_exact)
+        return [Measure(round=opened.round, scale=scale, count=self._budget.count())]
 
     def cancel(self) -> list[PeerOutput]:
         """Give up what is being measured; nothing if that is done already or nothing is being measured."""
@@ -74,7 +81,11 @@ class Measuring:
         assert 1 <= len(result.codes) <= self._probes_max
         self._budget.observe(probes=len(result.codes), elapsed_ms=result.elapsed_ms)
         self._last = Contribution(
-            round=result.round, codes=result.codes, loss=f32(result.loss), digest=self._measured_on
+            round=result.round,
+            codes=result.codes,
+            loss=f32(result.loss),
+            digest=self._measured_on,
+            is_exact=self._is_exact,
         )
         self._is_said = self._may_cancel = is_joined
         return [Say(message=self._last)] if is_joined else []

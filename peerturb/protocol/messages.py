@@ -59,6 +59,8 @@ class Contribution:
     """Mean of the finite losses: L+ and L-, one-sided L+ and the clean loss; NaN without any."""
     digest: int
     """Short digest (u32) of the weights the probes were measured on."""
+    is_exact: bool = False
+    """Whether the codes are exact projections of one gradient; estimates by perturbation otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from peerturb import limits
 from peerturb.errors import RejectCode
 from peerturb.floats import f32
 from peerturb.ids import PeerKey, RoundNumber, Slot, short_hex
+from peerturb.noise import Estimator
 from peerturb.protocol.backoff import HANDSHAKE_MS_MAX, is_worth_retrying, wait_ms
 from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.measuring import Measuring
@@ -37,7 +38,6 @@ from peerturb.protocol.outputs import (
     Stop,
 )
 from peerturb.protocol.peer_status import PeerStatus, Session
-from peerturb.protocol.probing import ProbeBudget
 from peerturb.protocol.records import Record, RoundSealed, RunStarted
 from peerturb.protocol.replica import APPLIES_MAX, Replica
 from peerturb.protocol.results import Applied, EvaluatedResult, Measured, Rebuilt, Result
@@ -70,6 +70,7 @@ class PeerMachine:
         ledger: Ledger | None = None,
         unapplied: Sequence[RoundSealed] = (),
         probes_max: int | None = None,
+        estimator: Estimator = "spsa",
         evaluates: bool = True,
         doubts: bool = True,
     ) -> None:
@@ -86,6 +87,7 @@ class PeerMachine:
             ledger: fold of the local log; None for an empty one.
             unapplied: sealed rounds of the local log, its last ones, that the weights do not have yet.
             probes_max: local limit on probes per round, below the RunSpec's.
+            estimator: how the shell measures; with `exact` there is no time budget, all codes are of one gradient.
             evaluates: whether it has held-out examples.
             doubts: whether it rebuilds weights that the log or the coordinator calls wrong; a simulated liar does not.
         """
@@ -95,9 +97,7 @@ class PeerMachine:
         self.slot: Slot | None = None
         self._key, self._name, self._token = key, name, token
         self._base_digest, self._manifest_digest = base_digest, manifest_digest
-        most = spec.round.probes_max if probes_max is None else min(probes_max, spec.round.probes_max)
-        budget = ProbeBudget(probes_max=most, budget_ms=spec.round.budget_ms)
-        self._measuring = Measuring(budget, spec.round.probes_max)
+        self._measuring = Measuring(spec, estimator, probes_max)
         self._replica = Replica(self.ledger.sealed_rounds, unapplied, digest)
         self._evaluates = evaluates and spec.objective.eval_every > 0
         self._session = Session.WAITING

@@ -52,9 +52,15 @@ class RoundOpened:
 
     round: RoundNumber
     scale: float
-    """s, an f32 value: projected gradient per code unit."""
+    """s, an f32 value: projected gradient per code unit; where the run allows both estimators that of `spsa`."""
     deadline_ms: int
     """Milliseconds after opening at which the round is sealed without the missing peers."""
+    exact_scale: float = 0.0
+    """s of exact codes, an f32 value; 0 unless the run allows both estimators."""
+
+    def scale_of(self, *, is_exact: bool) -> float:
+        """Return the scale that a contribution is encoded with."""
+        return self.exact_scale if is_exact and self.exact_scale else self.scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +81,8 @@ class RoundSealed:
     counts: tuple[int, ...]
     codes: bytes
     """int8 codes, slot after slot in the order of `slots`, samples ascending."""
+    exact: tuple[Slot, ...] = ()
+    """Those of `slots`, in their order, whose codes are exact projections of one gradient; the others' are `spsa`."""
 
     def contributions(self) -> list[tuple[Slot, bytes]]:
         """Split the codes by slot."""
@@ -83,6 +91,17 @@ class RoundSealed:
             (slot, self.codes[end - count : end])
             for slot, count, end in zip(self.slots, self.counts, ends, strict=True)
         ]
+
+    def by_estimator(self) -> tuple[bytes, bytes]:
+        """Return the codes of `spsa` and the exact ones, each in the order of slots."""
+        if not self.exact:
+            return self.codes, b""
+        exact = set(self.exact)
+        parts = self.contributions()
+        return (
+            b"".join(codes for slot, codes in parts if slot not in exact),
+            b"".join(codes for slot, codes in parts if slot in exact),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

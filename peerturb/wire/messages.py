@@ -33,9 +33,9 @@ SERVER_MESSAGE_BYTES_MAX = limits.RECORD_BYTES_MAX + limits.RECORD_BATCH_BYTES
 def encode_from_peer(message: FromPeer) -> pb.FromPeer:
     """Turn a peer's message into protobuf."""
     match message:
-        case Contribution(round=round_, codes=codes, loss=loss, digest=digest):
+        case Contribution(round=round_, codes=codes, loss=loss, digest=digest, is_exact=is_exact):
             assert 1 <= len(codes) <= limits.PROBES_PER_CONTRIBUTION_MAX
-            return pb.FromPeer(round=round_, codes=codes, loss=loss, digest=digest)
+            return pb.FromPeer(round=round_, codes=codes, loss=loss, digest=digest, exact=is_exact)
         case Evaluation():
             evaluation = pb.Evaluation(round=message.round, loss=message.loss, examples=message.examples)
             if message.accuracy is not None:
@@ -60,7 +60,7 @@ def decode_from_peer(message: pb.FromPeer) -> FromPeer:
     kind = message.WhichOneof("kind")
     if kind is None:
         return _contribution(message)
-    if message.codes or message.round or message.loss or message.digest:
+    if message.codes or message.round or message.loss or message.digest or message.exact:
         raise checks.malformed(f"a {kind} with the fields of a contribution")
     match kind:
         case "hello":
@@ -197,7 +197,11 @@ def _contribution(message: pb.FromPeer) -> Contribution:
         why = f"a contribution of {len(message.codes)} codes; at most {limits.PROBES_PER_CONTRIBUTION_MAX} are allowed"
         raise WireError(RejectCode.TOO_MANY_CODES, why)
     return Contribution(
-        round=RoundNumber(message.round), codes=message.codes, loss=checks.loss(message.loss), digest=message.digest
+        round=RoundNumber(message.round),
+        codes=message.codes,
+        loss=checks.loss(message.loss),
+        digest=message.digest,
+        is_exact=message.exact,
     )
 
 

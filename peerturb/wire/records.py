@@ -39,8 +39,9 @@ def encode_record(record: Record) -> bytes:
             if counts.count(counts[0]) != len(counts):
                 message.counts.extend(counts)
             message.codes = record.codes
-        case RoundOpened(scale=scale, deadline_ms=deadline_ms):
-            message.scale, message.deadline_ms = scale, deadline_ms
+            message.exact_bits = _exact_bits(record)
+        case RoundOpened(scale=scale, deadline_ms=deadline_ms, exact_scale=exact_scale):
+            message.scale, message.deadline_ms, message.exact_scale = scale, deadline_ms, exact_scale
         case RunStarted(spec=spec):
             message.run_started.spec = spec.canonical
         case PeerJoined(slot=slot, key=key, name=name):
@@ -108,8 +109,12 @@ def _from_message(message: pb.Record, sealed_rounds: int) -> Record:
         return _sealed(message, checks.round_number(sealed_rounds))
     if message.scale:
         round_ = checks.round_number(sealed_rounds)
+        exact = message.exact_scale
         return RoundOpened(
-            round=round_, scale=checks.positive(message.scale, "the scale"), deadline_ms=message.deadline_ms
+            round=round_,
+            scale=checks.positive(message.scale, "the scale"),
+            deadline_ms=message.deadline_ms,
+            exact_scale=checks.positive(exact, "the exact scale") if exact else 0.0,
         )
     match message.WhichOneof("kind"):
         case "run_started":
@@ -158,11 +163,28 @@ def _sealed(message: pb.Record, round_: RoundNumber) -> RoundSealed:
         slots=slots,
         counts=tuple(message.counts) or equal,
         codes=message.codes,
+        exact=_exact_of(message.exact_bits, slots),
     )
     why = shape_objection(record)
     if why is not None:
         raise checks.malformed(f"a sealed round {why}")
     return record
+
+
+def _exact_bits(record: RoundSealed) -> bytes:
+    """Return which contributions are exact as a bitmap over their order; empty for none."""
+    exact = set(record.exact)
+    bits = sum(1 << number for number, slot in enumerate(record.slots) if slot in exact)
+    return bits.to_bytes(-(-bits.bit_length() // 8), "little")
+
+
+def _exact_of(bits: bytes, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    if 8 * len(bits) >= len(slots) + 8:
+        raise checks.malformed(f"a sealed round of {len(slots)} contributions has {len(bits)} bytes of exact bits")
+    numbers = _slots_of(bits)
+    if numbers and numbers[-1] >= len(slots):
+        raise checks.malformed(f"a sealed round calls contribution {numbers[-1]} of {len(slots)} exact")
+    return tuple(slots[number] for number in numbers)
 
 
 def _slot_bits(slots: tuple[Slot, ...]) -> bytes | None:

@@ -96,6 +96,34 @@ def next_scale(s: Any, codes: Any) -> Any:
     return float(np.float32(min(max(s * min(max(math.sqrt(rms / 32), 0.25), 2.0), 2.0**-100), 2.0**100)))
 
 
+def mixed_scales(scales: Any, parts: Any) -> Any:
+    """Next scales where both estimators are allowed: `parts` are the codes of each."""
+    low = min(scales)
+    factors: list[Any] = []
+    for s, codes in zip(scales, parts, strict=True):
+        valid = [c for c in codes if c != -128]
+        if valid:
+            target = max(32 * math.sqrt(low / s), 4.0)
+            rms = math.sqrt(sum(c * c for c in valid) / len(valid))
+            factors.append(min(max(math.sqrt(rms / target), 0.25), 2.0))
+        else:
+            factors.append(None)
+    other = next((f for f in factors if f is not None), 1.0)
+    moved = [s * (other if f is None else f) for s, f in zip(scales, factors, strict=True)]
+    return [float(np.float32(min(max(s, 2.0**-100), 2.0**100))) for s in moved]
+
+
+def mixed_step(case: Any) -> Any:
+    valid = [[c for c in codes if c != -128] for codes in case["codes"]]
+    squares, low = sum(c * c for part in valid for c in part), min(case["scales"])
+    if squares == 0:
+        return 0.0
+    worth = len(valid[0]) * (low / case["scales"][0]) + len(valid[1]) * (low / case["scales"][1])
+    whole = worth + case["half_codes"]
+    sgd, normalized = case["learning_rate"] * low / whole, case["learning_rate"] / (whole * math.sqrt(squares / worth))
+    return float(np.float32(min(sgd if case["rule"] == "sgd" else normalized, 2.0**64)))
+
+
 def plateau_fraction(rule: Any, warmup: Any, floor: Any, losses: Any) -> Any:
     """What the rate is multiplied by in round len(losses): looked up from the whole history."""
     means = []
@@ -259,6 +287,34 @@ def step_vectors() -> Any:
     return cases
 
 
+def mixed_vectors() -> Any:
+    """Scales and step sizes of rounds with codes of both estimators, `spsa` first."""
+    small, large = 0.05000000074505806, 1.2000000476837158
+    lists = [([40, -31, -128, 5, -88], [17, -3, 44, 29, -60, 8, 31]), ([], [32, -32, 31]), ([-128], [0, 0]), ([9], [])]
+    lists += [([127] * 3, [1, -2, 3, 4, -128]), ([-128], [])]
+    cases = []
+    for scales in ([small, small], [large, small], [small, large], [2.0**100, 2.0**-100]):
+        for codes in lists:
+            base = {"scales": scales, "codes": codes, "next": mixed_scales(scales, codes)}
+            for rule, half in (("normalized", 8192), ("sgd", 3)):
+                case = {**base, "rule": rule, "half_codes": half, "learning_rate": 0.015}
+                cases.append({**case, "alpha": mixed_step(case)})
+    return cases
+
+
+def half_vectors() -> Any:
+    """Step sizes of rounds of one estimator that make a part of their step."""
+    cases = []
+    for rule in ("normalized", "sgd"):
+        for half in (1, 8192):
+            codes = [40, -31, -128, 5, -88]
+            squares, n, scale, lr = 40**2 + 31**2 + 5**2 + 88**2, 4, 0.05000000074505806, 0.015
+            alpha = lr * scale / (n + half) if rule == "sgd" else lr / ((n + half) * math.sqrt(squares / n))
+            case = {"rule": rule, "half_codes": half, "learning_rate": lr, "scale": scale, "codes": codes}
+            cases.append({**case, "alpha": float(np.float32(alpha))})
+    return cases
+
+
 def plateau_losses(count: Any) -> Any:
     """Falls for 30 rounds, then stays, in steps that f32 cannot hold exactly; some rounds have no finite loss."""
     losses = [float(np.float32(2 + 1.7 * max(0.0, 1 - r / 30) + 0.013 * (7 * r % 11 - 5))) for r in range(count)]
@@ -333,6 +389,7 @@ def make() -> Any:
         "noise": noise_vectors(), "codes": code_vectors(), "scales": scale_vectors(), "steps": step_vectors(),
         "updates": update_vectors(), "chunks": chunk_vectors(), "digests": digest_vectors(),
         "splitmix64": [splitmix64(i) for i in range(4)], "plateaus": plateau_vectors(),
+        "mixed": mixed_vectors(), "halves": half_vectors(),
     }  # fmt: skip
 
 

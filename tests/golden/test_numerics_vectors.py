@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from peerturb import codec, rng
+from peerturb import codec, mixing, rng
 from peerturb.manifest import Parameter
 from peerturb.plateau import Plateau
 from peerturb.spec import StepSpec
@@ -121,6 +121,21 @@ def test_step_size(case: dict[str, Any]) -> None:
         {key: case[key] for key in ("rule", "schedule", "warmup_rounds", "final_fraction", "learning_rate")}
     )
     alpha = codec.step_size(step, case["round"], case["scale"], np.array(case["codes"], np.int8), case["total"])
+    assert float(alpha) == case["alpha"]
+
+
+@pytest.mark.parametrize("case", VECTORS["mixed"])
+def test_rounds_of_both_estimators(case: dict[str, Any]) -> None:
+    codes = [np.array(part, np.int8).tobytes() for part in case["codes"]]
+    assert list(map(float, mixing.next_scales(case["scales"], codes))) == case["next"]
+    step = StepSpec.model_validate({key: case[key] for key in ("rule", "half_codes", "learning_rate")})
+    assert float(mixing.mixed_step_size(step, 0, case["scales"], codes, 0)) == case["alpha"]
+
+
+@pytest.mark.parametrize("case", VECTORS["halves"])
+def test_a_part_of_the_step(case: dict[str, Any]) -> None:
+    step = StepSpec.model_validate({key: case[key] for key in ("rule", "half_codes", "learning_rate")})
+    alpha = codec.step_size(step, 0, case["scale"], np.array(case["codes"], np.int8), 0)
     assert float(alpha) == case["alpha"]
 
 

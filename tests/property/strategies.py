@@ -67,6 +67,7 @@ def sealed_rounds(draw: st.DrawFn, round_: int) -> RoundSealed:
         slots=tuple(slots),
         counts=tuple(counts),
         codes=codes,
+        exact=tuple(slot for slot in slots if draw(st.booleans())),
     )
 
 
@@ -76,7 +77,13 @@ def records(round_: int) -> st.SearchStrategy[Record]:
         st.builds(RunStarted, spec=SPECS),
         st.builds(PeerJoined, slot=SLOTS, key=KEYS, name=NAMES),
         st.builds(PeerLeft, slot=SLOTS, reason=st.sampled_from(LeaveReason)),
-        st.builds(RoundOpened, round=st.just(RoundNumber(round_)), scale=POSITIVE, deadline_ms=U32),
+        st.builds(
+            RoundOpened,
+            round=st.just(RoundNumber(round_)),
+            scale=POSITIVE,
+            deadline_ms=U32,
+            exact_scale=st.just(0.0) | POSITIVE,
+        ),
         sealed_rounds(round_),
         st.builds(Evaluated, round=ROUNDS, slot=SLOTS, loss=LOSSES, accuracy=FRACTIONS, examples=U32),
         st.builds(RunFinished, rounds=U32),
@@ -97,7 +104,14 @@ FROM_PEER: st.SearchStrategy[FromPeer] = st.one_of(
         chain=DIGESTS,
     ),
     st.builds(Proof, signature=st.binary(min_size=64, max_size=64)),
-    st.builds(Contribution, round=ROUNDS, codes=st.binary(min_size=1, max_size=300), loss=LOSSES, digest=U32),
+    st.builds(
+        Contribution,
+        round=ROUNDS,
+        codes=st.binary(min_size=1, max_size=300),
+        loss=LOSSES,
+        digest=U32,
+        is_exact=st.booleans(),
+    ),
     st.builds(Evaluation, round=ROUNDS, loss=LOSSES, accuracy=FRACTIONS, examples=U32),
     st.just(Leave()),
 )

@@ -32,6 +32,7 @@ class FromPeer(_message.Message):
     PROOF_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     codes: _builtins.bytes
     """int8 codes, samples 0..n-1; non-empty exactly when the message is a contribution."""
@@ -39,6 +40,8 @@ class FromPeer(_message.Message):
     """Mean of the finite losses: L+ and L-, one-sided L+ and the clean loss."""
     digest: _builtins.int
     """First four bytes, little endian, of the run digest of the weights the probes were measured on."""
+    exact: _builtins.bool
+    """Of a contribution: its codes are exact projections of one gradient. Absent: estimates by perturbation."""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -58,10 +61,11 @@ class FromPeer(_message.Message):
         proof: Global___Proof | None = ...,
         evaluation: Global___Evaluation | None = ...,
         leave: Global___Leave | None = ...,
+        exact: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "hello", b"hello", "kind", b"kind", "leave", b"leave", "proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "digest", b"digest", "evaluation", b"evaluation", "hello", b"hello", "kind", b"kind", "leave", b"leave", "loss", b"loss", "proof", b"proof", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "digest", b"digest", "evaluation", b"evaluation", "exact", b"exact", "hello", b"hello", "kind", b"kind", "leave", b"leave", "loss", b"loss", "proof", b"proof", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "proof", "evaluation", "leave"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015

@@ -24,25 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpeerturb/wire/v1/record.proto\x12\x10peerturb.wire.v1\"\xa6\x03\n\x06Record\x12\x33\n\x0brun_started\x18\x01 \x01(\x0b\x32\x1c.peerturb.wire.v1.RunStartedH\x00\x12\x33\n\x0bpeer_joined\x18\x02 \x01(\x0b\x32\x1c.peerturb.wire.v1.PeerJoinedH\x00\x12/\n\tpeer_left\x18\x03 \x01(\x0b\x32\x1a.peerturb.wire.v1.PeerLeftH\x00\x12\x30\n\tevaluated\x18\x04 \x01(\x0b\x32\x1b.peerturb.wire.v1.EvaluatedH\x00\x12\x35\n\x0crun_finished\x18\x05 \x01(\x0b\x32\x1d.peerturb.wire.v1.RunFinishedH\x00\x12\r\n\x05scale\x18\x06 \x01(\x02\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\r\x12\r\n\x05\x61lpha\x18\x08 \x01(\x02\x12\x0c\n\x04loss\x18\t \x01(\x02\x12\x0e\n\x06\x64igest\x18\n \x01(\x07\x12\r\n\x05slots\x18\x0b \x03(\r\x12\x0e\n\x06\x63ounts\x18\x0c \x03(\r\x12\r\n\x05\x63odes\x18\r \x01(\x0c\x12\x11\n\tslot_bits\x18\x0e \x01(\x0c\x42\x06\n\x04kind\"\x1a\n\nRunStarted\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\"5\n\nPeerJoined\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\"G\n\x08PeerLeft\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12-\n\x06reason\x18\x02 \x01(\x0e\x32\x1d.peerturb.wire.v1.LeaveReason\"l\n\tEvaluated\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x0c\n\x04loss\x18\x03 \x01(\x02\x12\x15\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x08\x65xamples\x18\x05 \x01(\rB\x0b\n\t_accuracy\"\x1d\n\x0bRunFinished\x12\x0e\n\x06rounds\x18\x01 \x01(\r*|\n\x0bLeaveReason\x12\x1c\n\x18LEAVE_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11LEAVE_REASON_LEFT\x10\x01\x12\x1e\n\x1aLEAVE_REASON_LEASE_EXPIRED\x10\x02\x12\x18\n\x14LEAVE_REASON_EVICTED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpeerturb/wire/v1/record.proto\x12\x10peerturb.wire.v1\"\xcf\x03\n\x06Record\x12\x33\n\x0brun_started\x18\x01 \x01(\x0b\x32\x1c.peerturb.wire.v1.RunStartedH\x00\x12\x33\n\x0bpeer_joined\x18\x02 \x01(\x0b\x32\x1c.peerturb.wire.v1.PeerJoinedH\x00\x12/\n\tpeer_left\x18\x03 \x01(\x0b\x32\x1a.peerturb.wire.v1.PeerLeftH\x00\x12\x30\n\tevaluated\x18\x04 \x01(\x0b\x32\x1b.peerturb.wire.v1.EvaluatedH\x00\x12\x35\n\x0crun_finished\x18\x05 \x01(\x0b\x32\x1d.peerturb.wire.v1.RunFinishedH\x00\x12\r\n\x05scale\x18\x06 \x01(\x02\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x07 \x01(\r\x12\r\n\x05\x61lpha\x18\x08 \x01(\x02\x12\x0c\n\x04loss\x18\t \x01(\x02\x12\x0e\n\x06\x64igest\x18\n \x01(\x07\x12\r\n\x05slots\x18\x0b \x03(\r\x12\x0e\n\x06\x63ounts\x18\x0c \x03(\r\x12\r\n\x05\x63odes\x18\r \x01(\x0c\x12\x11\n\tslot_bits\x18\x0e \x01(\x0c\x12\x12\n\nexact_bits\x18\x0f \x01(\x0c\x12\x13\n\x0b\x65xact_scale\x18\x10 \x01(\x02\x42\x06\n\x04kind\"\x1a\n\nRunStarted\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\"5\n\nPeerJoined\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\"G\n\x08PeerLeft\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12-\n\x06reason\x18\x02 \x01(\x0e\x32\x1d.peerturb.wire.v1.LeaveReason\"l\n\tEvaluated\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x0c\n\x04loss\x18\x03 \x01(\x02\x12\x15\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x08\x65xamples\x18\x05 \x01(\rB\x0b\n\t_accuracy\"\x1d\n\x0bRunFinished\x12\x0e\n\x06rounds\x18\x01 \x01(\r*|\n\x0bLeaveReason\x12\x1c\n\x18LEAVE_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11LEAVE_REASON_LEFT\x10\x01\x12\x1e\n\x1aLEAVE_REASON_LEASE_EXPIRED\x10\x02\x12\x18\n\x14LEAVE_REASON_EVICTED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peerturb.wire.v1.record_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEAVEREASON']._serialized_start=773
-  _globals['_LEAVEREASON']._serialized_end=897
+  _globals['_LEAVEREASON']._serialized_start=814
+  _globals['_LEAVEREASON']._serialized_end=938
   _globals['_RECORD']._serialized_start=52
-  _globals['_RECORD']._serialized_end=474
-  _globals['_RUNSTARTED']._serialized_start=476
-  _globals['_RUNSTARTED']._serialized_end=502
-  _globals['_PEERJOINED']._serialized_start=504
-  _globals['_PEERJOINED']._serialized_end=557
-  _globals['_PEERLEFT']._serialized_start=559
-  _globals['_PEERLEFT']._serialized_end=630
-  _globals['_EVALUATED']._serialized_start=632
-  _globals['_EVALUATED']._serialized_end=740
-  _globals['_RUNFINISHED']._serialized_start=742
-  _globals['_RUNFINISHED']._serialized_end=771
+  _globals['_RECORD']._serialized_end=515
+  _globals['_RUNSTARTED']._serialized_start=517
+  _globals['_RUNSTARTED']._serialized_end=543
+  _globals['_PEERJOINED']._serialized_start=545
+  _globals['_PEERJOINED']._serialized_end=598
+  _globals['_PEERLEFT']._serialized_start=600
+  _globals['_PEERLEFT']._serialized_end=671
+  _globals['_EVALUATED']._serialized_start=673
+  _globals['_EVALUATED']._serialized_end=781
+  _globals['_RUNFINISHED']._serialized_start=783
+  _globals['_RUNFINISHED']._serialized_end=812
 # @@protoc_insertion_point(module_scope)

@@ -63,6 +63,8 @@ class Record(_message.Message):
     COUNTS_FIELD_NUMBER: _builtins.int
     CODES_FIELD_NUMBER: _builtins.int
     SLOT_BITS_FIELD_NUMBER: _builtins.int
+    EXACT_BITS_FIELD_NUMBER: _builtins.int
+    EXACT_SCALE_FIELD_NUMBER: _builtins.int
     scale: _builtins.float
     """RoundOpened. s: projected gradient per code unit, > 0."""
     deadline_ms: _builtins.int
@@ -77,6 +79,12 @@ class Record(_message.Message):
     """Bit s mod 8 (lowest first) of byte s div 8 is set for every contributing slot s; no trailing zero byte. Stands for
     `slots` exactly when it has fewer bytes than `slots` would have.
     """
+    exact_bits: _builtins.bytes
+    """Bit i mod 8 (lowest first) of byte i div 8 is set where contribution i, counted in the order of slots, holds exact
+    projections of one gradient; no trailing zero byte. Absent: all are estimates by perturbation.
+    """
+    exact_scale: _builtins.float
+    """RoundOpened. s of exact codes, > 0; `scale` is then that of the others. Absent unless the run allows both."""
     @_builtins.property
     def run_started(self) -> Global___RunStarted: ...
     @_builtins.property
@@ -112,10 +120,12 @@ class Record(_message.Message):
         counts: _abc.Iterable[_builtins.int] | None = ...,
         codes: _builtins.bytes = ...,
         slot_bits: _builtins.bytes = ...,
+        exact_bits: _builtins.bytes = ...,
+        exact_scale: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluated", b"evaluated", "kind", b"kind", "peer_joined", b"peer_joined", "peer_left", b"peer_left", "run_finished", b"run_finished", "run_started", b"run_started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "codes", b"codes", "counts", b"counts", "deadline_ms", b"deadline_ms", "digest", b"digest", "evaluated", b"evaluated", "kind", b"kind", "loss", b"loss", "peer_joined", b"peer_joined", "peer_left", b"peer_left", "run_finished", b"run_finished", "run_started", b"run_started", "scale", b"scale", "slot_bits", b"slot_bits", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "codes", b"codes", "counts", b"counts", "deadline_ms", b"deadline_ms", "digest", b"digest", "evaluated", b"evaluated", "exact_bits", b"exact_bits", "exact_scale", b"exact_scale", "kind", b"kind", "loss", b"loss", "peer_joined", b"peer_joined", "peer_left", b"peer_left", "run_finished", b"run_finished", "run_started", b"run_started", "scale", b"scale", "slot_bits", b"slot_bits", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["run_started", "peer_joined", "peer_left", "evaluated", "run_finished"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015

@@ -1,0 +1,102 @@
+"""Rounds in which codes of both estimators meet: a scale for each, so that a code's size is what it is worth.
+
+The update adds all codes alike. Let r be the root mean square of an estimator's projected gradients: the best weight
+of each is 1 / r**2 (docs/numerics.md, section 11), and codes of a scale proportional to r**2 have just this weight.
+Nothing but sealed counts and codes is used. Everything in f64 by basic operations in the written order, as in
+`peerturb.codec`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from peerturb.codec import (
+    FACTOR_MAX,
+    FACTOR_MIN,
+    SCALE_MAX,
+    SCALE_MIN,
+    STEP_MAX,
+    TARGET_RMS,
+    Codes,
+    check_scale,
+    learning_rate,
+    valid_squares,
+)
+from peerturb.spec import StepSpec
+
+RMS_MIN = 4.0
+"""Below this rms(c) rounding would be a sizable part of a code: noisier codes count for more than they are worth."""
+
+
+def target_rms(scale: float, smallest: float) -> float:
+    """Return the rms(c) at which an estimator of this scale is kept; `smallest`: the lower of both scales.
+
+    With r = 32 `smallest` for the less noisy estimator, a scale of r_other**2 / (32 r) makes its rms(c)
+    r_other / scale = 32 sqrt(smallest / scale).
+    """
+    return max(TARGET_RMS * math.sqrt(smallest / scale), RMS_MIN)
+
+
+def next_scales(scales: Sequence[float], codes: Sequence[Codes]) -> tuple[np.float32, ...]:
+    """Return the scales of the next round, one for each estimator, from this round's scales and sealed codes.
+
+    s' = f32(s * clamp(sqrt(rms(c) / target), 1/4, 2)), kept in [2^-100, 2^100]. Where an estimator has no valid code
+    it follows the other one; where there are none at all the scales stay.
+
+    Args:
+        scales: of this round; two of them.
+        codes: each estimator's, all contributions together.
+
+    Raises:
+        LogError: a scale is outside its bounds.
+    """
+    for scale in scales:
+        check_scale(scale)
+    smallest = min(scales)
+    factors: list[float | None] = []
+    for scale, part in zip(scales, codes, strict=True):
+        count, squares = valid_squares(part)
+        if not count:
+            factors.append(None)
+            continue
+        factor = math.sqrt(math.sqrt(squares / count) / target_rms(scale, smallest))
+        factors.append(min(max(factor, FACTOR_MIN), FACTOR_MAX))
+    first = next((factor for factor in factors if factor is not None), 1.0)
+    return tuple(
+        np.float32(min(max(scale * (first if factor is None else factor), SCALE_MIN), SCALE_MAX))
+        for scale, factor in zip(scales, factors, strict=True)
+    )
+
+
+def worth(scales: Sequence[float], counts: Sequence[int]) -> float:
+    """Return how many codes of the smaller scale a round's codes are worth: sum of n * (smallest scale / scale)."""
+    smallest, total = min(scales), 0.0
+    for scale, count in zip(scales, counts, strict=True):
+        total += count * (smallest / scale)
+    return total
+
+
+def mixed_step_size(
+    step: StepSpec, round: int, scales: Sequence[float], codes: Sequence[Codes], total_rounds: int, *,
+    fraction: float = 1.0,
+) -> np.float32:  # fmt: skip
+    """Return alpha of a sealed round with a scale for each estimator; see `peerturb.codec.step_size`.
+
+    With e the codes' worth, h = `half_codes`, S the sum of all squares: `sgd`: lr * smallest scale / (e + h);
+    `normalized`: lr / ((e + h) * sqrt(S / e)).
+
+    Raises:
+        LogError: a scale is outside its bounds.
+    """
+    for scale in scales:
+        check_scale(scale)
+    tallies = [valid_squares(part) for part in codes]
+    squares = sum(tally[1] for tally in tallies)
+    if squares == 0:
+        return np.float32(0.0)
+    rate = learning_rate(step, round, total_rounds, fraction=fraction)
+    amount = worth(scales, [tally[0] for tally in tallies])
+    whole = amount + step.half_codes
+    alpha = rate * min(scales) / whole if step.rule == "sgd" else rate / (whole * math.sqrt(squares / amount))
+    return np.float32(min(alpha, STEP_MAX))
