@@ -28,10 +28,11 @@ HALF = 64
 
 
 def spec() -> Any:
-    made = copy.deepcopy(SPEC)
+    made: dict[str, Any] = copy.deepcopy(dict(SPEC))
     made["perturbation"] |= {"estimators": ["spsa", "exact"], "exact": {"codes": 6, "examples": 16}}
     made["step"] |= {"half_codes": HALF}
     made["round"] |= {"count": 2, "probes_max": 4}
+    return made
 
 
 def after(scales: list[float], parts: tuple[bytes, bytes]) -> Any:
