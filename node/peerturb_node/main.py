@@ -91,6 +91,8 @@ async def _run(settings: NodeSettings, events: Events, make_compute: MakeCompute
             compute = await asyncio.to_thread(make_compute, spec)
         else:
             compute = await asyncio.to_thread(_make_compute, settings, spec, events)
+        if choice := getattr(compute, "choice", ""):  # of computes on tensors
+            events.emit("notice", code="estimator", text=choice)
         if (slowness := getattr(compute, "slowness", None)) is not None:  # of computes on tensors
             events.emit("notice", code="slow", text=slowness)
         try:
@@ -163,7 +165,7 @@ def _make_compute(settings: NodeSettings, spec: RunSpec, events: Events) -> Comp
     if settings.compute == "toy":
         from peerturb_node.compute.toy import ToyCompute
 
-        return ToyCompute(spec)
+        return ToyCompute(spec, estimator=settings.estimator)
     if settings.data is None:
         raise SpecError("no training data given: --data FILE (JSON Lines or text) says what this node learns from")
     for file in (settings.data, settings.eval):

@@ -104,6 +104,7 @@ class Node:
             ledger=log.ledger,
             unapplied=unapplied,
             probes_max=settings.probes or None,
+            estimator=compute.estimator,
             evaluates=compute.has_held_out,
         )
         self._inbox: asyncio.Queue[_Input] = asyncio.Queue()

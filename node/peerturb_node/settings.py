@@ -74,8 +74,14 @@ class NodeSettings(BaseSettings):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which losses are computed; the weights keep the run's. Another type than theirs needs a copy of them in
     memory, cast again after each update. `auto`: the weights' type, float16 on a GPU without bfloat16."""
+    estimator: Literal["auto", "spsa", "exact"] = "auto"
+    """How projected gradients are found, within what the run allows: `exact` by backward passes, `spsa` by pairs of
+    forward passes. `auto`: exact where the run allows it, the loss can be differentiated and memory suffices."""
+    activations: Literal["auto", "keep", "recompute"] = "auto"
+    """Whether a backward pass keeps the activations inside a model's blocks or computes them again; `auto`: again where
+    memory holds no row otherwise."""
     probes: int = Field(default=0, ge=0, le=limits.PROBES_PER_CONTRIBUTION_MAX)
-    """Most probes to measure in a round; 0: as many as the RunSpec allows."""
+    """Most codes to send in a round; 0: as many as the RunSpec allows."""
     checkpoint_rounds: int = Field(default=200, ge=0, le=limits.ROUNDS_MAX)
     """Rounds between checkpoints; 0: only when leaving. A lost checkpoint costs a longer replay, nothing else."""
     checkpoint_s: float = Field(default=300.0, ge=0, le=7 * 86_400)

@@ -104,6 +104,7 @@ class Backward(Generic[Item]):
         self._may_recompute = activations != "keep" and bool(self._blocks)
         sizes = [evaluator.size(item) for item in items]
         self._tokens_max = MICRO_TOKENS[self._kind]
+        self._room_for_sums()
         longest = max(range(len(items)), key=lambda number: sizes[number].tokens * sizes[number].rows)
         self.need = self._tried(items[longest], sizes[longest].rows * sizes[longest].tokens)
         self._planned(sizes[longest].rows * sizes[longest].tokens)
@@ -161,6 +162,12 @@ class Backward(Generic[Item]):
                 stack.enter_context(recomputed(self._blocks))
             yield stack.enter_context(_gradients_of(self._trained))
 
+    def _room_for_sums(self) -> None:
+        """See that gradients fit at all, before the first one is made: on a CPU too much gets a program killed."""
+        need, free = _sums_bytes(self._trained), free_bytes(self.evaluator.device)
+        if free is not None and need > SHARE[self._kind] * free:
+            raise self._no_memory(f"they take {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free")
+
     def _tried(self, item: Item, tokens: int) -> Need:
         """Do one example's passes: see that losses can be differentiated, and count what is kept in between."""
         known = {tensor.untyped_storage().data_ptr() for tensor in self._model_tensors()}
@@ -193,12 +200,9 @@ class Backward(Generic[Item]):
                     f"the model or its loss cannot be differentiated: {str(error).splitlines()[0]:.200}; {REMEDY}"
                 ) from error
             raise
-        widest = max(tensor.numel() * tensor.element_size() for tensor in self._trained)
-        numbers = sum(tensor.numel() for tensor in self._trained)
-        is_half = self._trained[0].dtype in HALVES
         each = sum(kept.values()) / tokens
         return Need(
-            sums=4 * numbers + widest if is_half else numbers * self._trained[0].element_size(),
+            sums=_sums_bytes(self._trained),
             token=each,
             token_recomputed=each * min(1.0, 2 / max(1, len(self._blocks))),
         )
@@ -288,6 +292,13 @@ def _gradients_of(trained: Sequence[Tensor]) -> Iterator[Callable[[], list[Tenso
             for tensor in trained:
                 tensor.requires_grad_(False)
                 tensor.grad = None
+
+
+def _sums_bytes(trained: Sequence[Tensor]) -> int:
+    numbers, size = sum(tensor.numel() for tensor in trained), trained[0].element_size()
+    if trained[0].dtype not in HALVES:
+        return numbers * size
+    return 4 * numbers + size * max(tensor.numel() for tensor in trained)
 
 
 def _module_of(evaluator: Any) -> nn.Module | None:

@@ -59,8 +59,25 @@ def run(
             show_default="auto",
         ),
     ] = None,
+    estimator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|spsa|exact",
+            help="Exact projected gradients by backward passes, or estimates by pairs of forward passes; auto: exact "
+            "where the run allows it and memory suffices.",
+            show_default="auto",
+        ),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|keep|recompute",
+            help="In a backward pass: keep activations, or compute them twice to spare memory.",
+            show_default="auto",
+        ),
+    ] = None,
     probes: Annotated[
-        int | None, typer.Option(help="Most probes a round; 0: the RunSpec's maximum.", show_default="0")
+        int | None, typer.Option(help="Most codes a round; 0: the RunSpec's maximum.", show_default="0")
     ] = None,
     checkpoint_rounds: Annotated[
         int | None, typer.Option(help="Rounds between checkpoints; 0: only at the end.", show_default="200")

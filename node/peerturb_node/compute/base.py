@@ -11,20 +11,22 @@ from typing import Protocol
 
 from peerturb.ids import Slot
 from peerturb.manifest import Manifest
+from peerturb.noise import Estimator
 from peerturb.protocol.outputs import Measure
 from peerturb.protocol.records import RoundSealed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A round's probes."""
+    """A round's probes, or exact projections."""
 
     codes: bytes
     """int8, two's complement, samples ascending; -128 is void. Empty only when cancelled."""
     loss: float
     """Mean of the finite losses: L+ and L-, one-sided L+ and the clean loss; NaN without any."""
     tokens: int = 0
-    """Tokens that went through the model for it, all sides of every probe and a clean loss counted."""
+    """Tokens that went through the model for it, all sides of every probe and a clean loss counted; for exact
+    projections those of the examples, once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,8 @@ class Compute(Protocol):
 
     is_blocking: bool
     """True: calls take long and belong on a thread. False: calls return within a millisecond."""
+    estimator: Estimator
+    """How it finds projected gradients."""
     base_digest: bytes
     """32 bytes: digest of the base weights."""
     manifest: Manifest

@@ -3,7 +3,6 @@
 The functions are handed over in Python by whoever starts the node; no run and no peer can name code.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -15,8 +14,7 @@ from peerturb.errors import ModelError
 from peerturb.spec import RunSpec
 from peerturb.zo.base import check_base
 from peerturb.zo.batch import Evaluator
-from peerturb.zo.coverage import SlowWarning
-from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.choosing import Wanted, choose_engine
 from peerturb.zo.room import in_parts
 from peerturb_node.compute.base import HeldOut
 from peerturb_node.compute.replica import Replica
@@ -37,9 +35,11 @@ class CustomCompute(Replica, Generic[Item]):
         base_digest: hexadecimal, of the base weights as loaded (`peerturb.zo.custom.base_spec`, or
             `peerturb.zo.model.base_digest` before an adapter is attached).
         held_out: items to evaluate.
+        estimator: how projected gradients are found, within what the run allows; `auto`: exact where it can be.
         export: writes what was trained into a folder, at the end of `peerturb node run --export`.
 
     Attributes:
+        choice: why the estimator is what it is; empty where there was no choice.
         slowness: why probes are measured one at a time, or None; a node says it when it starts.
 
     Raises:
@@ -58,6 +58,7 @@ class CustomCompute(Replica, Generic[Item]):
         held_out: Sequence[Item] = (),
         export: Callable[[Path], None] | None = None,
         rows_max: int | None = None,
+        estimator: Wanted = "auto",
     ) -> None:
         check_base(spec, base_digest, holder="this program", remedy="build the module from the same weights, or seed")
         self.rounds = 0
@@ -68,8 +69,8 @@ class CustomCompute(Replica, Generic[Item]):
         self._weights = list(self._named.values())
         self._start = [weight.clone() for weight in self._weights]
         self._evaluator = evaluator
-        with warnings.catch_warnings(action="ignore", category=SlowWarning):  # told as a node tells things
-            self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
+        chosen = choose_engine(evaluator, spec, items, wanted=estimator, rows_max=rows_max)
+        self._engine, self.estimator, self.choice = chosen.engine, chosen.estimator, chosen.why
         self.slowness = self._engine.slowness
         self._held_out = list(held_out)
         self.has_held_out = bool(self._held_out)

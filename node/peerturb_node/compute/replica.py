@@ -10,11 +10,13 @@ from torch import Tensor
 from peerturb.errors import LogError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
+from peerturb.noise import Estimator
 from peerturb.protocol.outputs import Measure
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
 from peerturb.zo.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
 from peerturb.zo.digest import run_digest
+from peerturb.zo.exact import ExactEngine
 from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.update import apply_update
 from peerturb_node.compute.base import Measured
@@ -24,6 +26,7 @@ class Replica:
     """The common part; a compute sets the attributes below."""
 
     is_blocking = True
+    estimator: Estimator = "spsa"
     checkpoint_name = "checkpoint.safetensors"
     rounds: int
     base_digest: bytes
@@ -32,7 +35,7 @@ class Replica:
     _named: dict[str, Tensor]
     """Trained tensors in manifest order."""
     _weights: list[Tensor]
-    _engine: ProbeEngine[Any]
+    _engine: ProbeEngine[Any] | ExactEngine[Any]
 
     def apply(self, sealed: RoundSealed) -> None:
         """Update the weights in place, exactly."""
@@ -57,9 +60,9 @@ class Replica:
         return run_digest(self.manifest, self._weights)
 
     def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured:
-        """Measure probes, encode; end early when cancelled or when the RunSpec's time budget is spent."""
+        """Measure, encode; end early when cancelled or, with probes, when the RunSpec's time budget is spent."""
         self._refresh()
-        budget_s = self._spec.round.budget_ms / 1e3
+        budget_s = self._spec.round.budget_ms / 1e3 if self.estimator == "spsa" else 0.0
         end_s = time.monotonic() + budget_s if budget_s else float("inf")
         result = self._engine.contribute(
             RoundNumber(work.round),

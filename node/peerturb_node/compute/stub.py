@@ -8,6 +8,7 @@ from pathlib import Path
 from peerturb.errors import LogError, ModelError
 from peerturb.ids import Slot
 from peerturb.manifest import Manifest
+from peerturb.noise import Estimator
 from peerturb.protocol.outputs import Measure
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
@@ -18,6 +19,7 @@ class StubCompute:
     """Random codes; the "weights" are a running hash of the applied rounds, so digests still tell replicas apart."""
 
     is_blocking = False
+    estimator: Estimator = "spsa"
     manifest: Manifest = ()
     has_held_out = False
     checkpoint_name = "checkpoint.txt"

@@ -1,6 +1,5 @@
 """A compute on a real model: the engine of `peerturb.zo` behind the node's contract."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +7,10 @@ from peerturb.errors import ModelError, RefusedError
 from peerturb.spec import RunSpec
 from peerturb.zo.adapter_files import export_adapter
 from peerturb.zo.base import open_base
-from peerturb.zo.coverage import SlowWarning
+from peerturb.zo.choosing import choose_engine
 from peerturb.zo.evaluate import evaluate
 from peerturb.zo.export import export_model
 from peerturb.zo.model import trainable_weights
-from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.quantised import Packing
 from peerturb_node.compute.base import HeldOut
 from peerturb_node.compute.prepared import Prepared
@@ -26,6 +24,7 @@ class TorchCompute(Replica):
     Attributes:
         compute_dtype: type in which losses are computed.
         warning: what the operator should know about epsilon, or None.
+        choice: why the estimator is what it is; empty where there was no choice.
         slowness: why probes are measured one at a time, or None.
         packing: what of the base is quantised, or None.
 
@@ -46,10 +45,11 @@ class TorchCompute(Replica):
         self.packing = Packing.of(self._prepared.model, self._named)
         self.compute_dtype = self._prepared.compute_dtype
         self.warning = self._prepared.warning(spec.perturbation.epsilon)
-        with warnings.catch_warnings(action="ignore", category=SlowWarning):  # told as a node tells things
-            self._engine = ProbeEngine(
-                self._prepared.runner, spec, self._prepared.items, rows_max=settings.rows or None
-            )
+        chosen = choose_engine(
+            self._prepared.runner, spec, self._prepared.items,
+            wanted=settings.estimator, rows_max=settings.rows or None, activations=settings.activations,
+        )  # fmt: skip
+        self._engine, self.estimator, self.choice = chosen.engine, chosen.estimator, chosen.why
         self.slowness = self._engine.slowness
         self.has_held_out = bool(self._prepared.held_out)
 

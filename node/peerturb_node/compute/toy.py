@@ -7,13 +7,15 @@ processes can be tested in milliseconds a round.
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peerturb.errors import LogError, ModelError
+from peerturb.errors import LogError, ModelError, SpecError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest, Parameter
+from peerturb.noise import Estimator
 from peerturb.protocol.outputs import Measure
 from peerturb.protocol.records import RoundSealed
 from peerturb.rng import SIDE_LEFT, linear_signs, stream_of
@@ -30,8 +32,14 @@ class ToyCompute:
     is_blocking = False
     checkpoint_name = "checkpoint.bin"
 
-    def __init__(self, spec: RunSpec, *, has_held_out: bool = True) -> None:
+    def __init__(
+        self, spec: RunSpec, *, has_held_out: bool = True, estimator: Literal["auto", "spsa", "exact"] = "auto"
+    ) -> None:
         self._spec = spec
+        allowed = spec.perturbation.estimators
+        if estimator not in ("auto", *allowed):
+            raise SpecError(f'estimator = "{estimator}" is not allowed in this run; set estimator = "auto"')
+        self.estimator: Estimator = allowed[-1] if estimator == "auto" else estimator
         self.has_held_out = has_held_out
         self.base_digest = bytes.fromhex(spec.model.digest)
         self.manifest: Manifest = (Parameter(index=0, name="weight", shape=(ELEMENTS,), dtype="float32"),)
@@ -59,10 +67,15 @@ class ToyCompute:
         return hashlib.sha256(self.rounds.to_bytes(8, "little") + self._weights.tobytes()).digest()
 
     def measure(self, work: Measure, slot: Slot, is_cancelled: Callable[[], bool]) -> Measured:
-        """Measure every probe and encode; one-sided against the loss of the weights as they are."""
+        """Measure every probe (one-sided against the loss of plain weights) or project the gradient, and encode."""
         sides, epsilon = self._spec.perturbation.side_count, np.float32(self._spec.perturbation.epsilon)
         offset = self._weights - (self._target + self._noise(f"slot {slot}", 0.1))
-        moved = epsilon * self._signs(work.round, slot, work.count).astype(np.float32)
+        signs = self._signs(work.round, slot, work.count)
+        if self.estimator == "exact":
+            units = signs @ (offset.astype(np.float64) / ELEMENTS) / work.scale
+            codes = np.clip(np.rint(units), -127, 127).astype(np.int8)
+            return Measured(codes=codes.tobytes(), loss=0.5 * float(np.mean(offset.astype(np.float64) ** 2)))
+        moved = epsilon * signs.astype(np.float32)
         plus = 0.5 * np.mean((offset + moved).astype(np.float64) ** 2, axis=1)
         reference = 0.5 * np.mean((offset - (sides - 1) * moved).astype(np.float64) ** 2, axis=1)
         units = (plus - reference) / (sides * float(epsilon)) / work.scale
