@@ -21,6 +21,8 @@ from peerturb.codec import (
     Codes,
     check_scale,
     learning_rate,
+    next_scale,
+    step_size,
     valid_squares,
 )
 from peerturb.spec import StepSpec
@@ -75,6 +77,29 @@ def worth(scales: Sequence[float], counts: Sequence[int]) -> float:
     for scale, count in zip(scales, counts, strict=True):
         total += count * (smallest / scale)
     return total
+
+
+def scales_after(scales: tuple[float, float], codes: tuple[bytes, bytes]) -> tuple[float, float]:
+    """Return a run's scales of the round after, f32 values.
+
+    Args:
+        scales: that of all codes and 0 where the run allows one estimator, else those of `spsa` and `exact`.
+        codes: of `spsa` and of `exact`.
+    """
+    if not scales[1]:
+        return float(next_scale(scales[0], codes[0] or codes[1])), 0.0
+    spsa, exact = next_scales(scales, codes)
+    return float(spsa), float(exact)
+
+
+def alpha_after(
+    step: StepSpec, round: int, scales: tuple[float, float], codes: tuple[bytes, bytes], total_rounds: int, *,
+    fraction: float = 1.0,
+) -> float:  # fmt: skip
+    """Return a sealed round's step size, an f32 value; arguments as for `scales_after` and `mixed_step_size`."""
+    if not scales[1]:
+        return float(step_size(step, round, scales[0], codes[0] or codes[1], total_rounds, fraction=fraction))
+    return float(mixed_step_size(step, round, scales, codes, total_rounds, fraction=fraction))
 
 
 def mixed_step_size(

@@ -19,19 +19,13 @@ def step_size(spec: RunSpec, round_: RoundNumber, scale: float, codes: bytes, *,
 
 def alpha_of(spec: RunSpec, opened: RoundOpened, sealed: RoundSealed, *, fraction: float = 1.0) -> float:
     """Return the same for a record, whatever estimators its run allows."""
-    if not opened.exact_scale:
-        return step_size(spec, opened.round, opened.scale, sealed.codes, fraction=fraction)
-    step, count = spec.step, spec.round.count
-    scales, codes = (opened.scale, opened.exact_scale), sealed.by_estimator()
-    return f32(float(mixing.mixed_step_size(step, opened.round, scales, codes, count, fraction=fraction)))
+    scales, count = (opened.scale, opened.exact_scale), spec.round.count
+    return mixing.alpha_after(spec.step, opened.round, scales, sealed.by_estimator(), count, fraction=fraction)
 
 
 def scales_after(opened: RoundOpened, sealed: RoundSealed) -> tuple[float, float]:
     """Return the scales of the round after, f32 values: the one of all codes and 0, or those of `spsa` and `exact`."""
-    if not opened.exact_scale:
-        return f32(float(codec.next_scale(opened.scale, sealed.codes))), 0.0
-    spsa, exact = mixing.next_scales((opened.scale, opened.exact_scale), sealed.by_estimator())
-    return f32(float(spsa)), f32(float(exact))
+    return mixing.scales_after((opened.scale, opened.exact_scale), sealed.by_estimator())
 
 
 def codes_max(spec: RunSpec, *, is_exact: bool) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from peerturb import codec
+from peerturb import codec, mixing
 from peerturb.errors import DataError, ModelError
 from peerturb.floats import f32
 from peerturb.ids import RoundNumber, Slot
@@ -19,8 +19,8 @@ from peerturb.spec import RunSpec
 from peerturb.trend import Trend
 from peerturb.zo.base import check_base
 from peerturb.zo.batch import Evaluator
+from peerturb.zo.choosing import Wanted, choose_engine
 from peerturb.zo.digest import run_digest, short_digest
-from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.room import in_parts
 from peerturb.zo.update import apply_update
 
@@ -53,6 +53,10 @@ class LocalRound:
     loss: float
     """Mean of the peers' finite losses, weighted by their valid codes, an f32 value; NaN if every probe is void."""
     tokens: int
+    exact: tuple[int, ...] = ()
+    """Those of `slots` whose codes are exact projections."""
+    exact_scale: float = 0.0
+    """What those are multiples of, where the run allows both estimators; 0 otherwise."""
     warning: str = ""
     """What to tell people while the loss rises, more than noise explains; empty otherwise."""
 
@@ -65,6 +69,7 @@ class LocalRun(Generic[Item]):
         spec: the run's.
         parts: each peer's private items; slot 0, 1, ...
         rows_max: most rows in one forward; None: chosen from size and device.
+        estimators: how each peer finds its projected gradients, `auto`, `spsa` or `exact`; None: `auto` for all.
         base_digest: hexadecimal, of all weights as built or loaded, frozen ones too (`peerturb.zo.custom.base_spec`,
             or `peerturb.zo.model.base_digest` before an adapter is attached). None: what is trained is compared with
             the RunSpec where that is the whole model; with frozen weights or an adapter nothing is compared.
@@ -82,6 +87,7 @@ class LocalRun(Generic[Item]):
         parts: Sequence[Sequence[Item]],
         *,
         rows_max: int | None = None,
+        estimators: Sequence[Wanted] | None = None,
         base_digest: str | None = None,
     ) -> None:
         if not parts:
@@ -93,6 +99,7 @@ class LocalRun(Generic[Item]):
         self.rounds: list[LocalRound] = []
         """What has been sealed so far: with the base weights, the whole run."""
         self.scale = f32(max(spec.perturbation.initial_scale, codec.SCALE_MIN))
+        self.exact_scale = self.scale if spec.perturbation.is_mixed else 0.0
         self.plateau = Plateau()
         self.trend = Trend()
         if base_digest is None and spec.first_digest is not None:
@@ -100,30 +107,48 @@ class LocalRun(Generic[Item]):
         if base_digest is not None:
             remedy = "build the weights anew, or describe them as they are now (peerturb.zo.custom.base_spec)"
             check_base(spec, base_digest, holder="the evaluator", remedy=remedy)
-        self._engines = [ProbeEngine(evaluator, spec, part, rows_max=rows_max) for part in parts]
+        wishes: Sequence[Wanted] = estimators or ["auto"] * len(parts)
+        self._peers = [
+            choose_engine(evaluator, spec, part, wanted=wanted, rows_max=rows_max)
+            for part, wanted in zip(parts, wishes, strict=True)
+        ]
 
     def step(self) -> LocalRound:
         """Do one round; return what was sealed."""
         number = RoundNumber(len(self.rounds))
+        scales = self.scale, self.exact_scale
+        exact = tuple(slot for slot, peer in enumerate(self._peers) if peer.estimator == "exact")
         results = [
-            engine.contribute(number, slot=Slot(slot), scale=self.scale) for slot, engine in enumerate(self._engines)
+            peer.engine.contribute(
+                number, slot=Slot(slot), scale=(self.exact_scale if slot in exact else 0.0) or self.scale
+            )
+            for slot, peer in enumerate(self._peers)
         ]
-        codes = b"".join(result.codes.tobytes() for result in results)
+        parts = [result.codes.tobytes() for result in results]
+        codes = b"".join(parts)
+        both = (
+            b"".join(part for slot, part in enumerate(parts) if slot not in exact),
+            b"".join(part for slot, part in enumerate(parts) if slot in exact),
+        )
         step, rounds = self.spec.step, self.spec.round.count
-        alpha = codec.step_size(step, number, self.scale, codes, rounds, fraction=self.plateau.fraction)
-        loss = f32(codec.mean_loss((result.codes, f32(result.loss)) for result in results))
+        alpha = mixing.alpha_after(step, number, scales, both, rounds, fraction=self.plateau.fraction)
+        weight = self.spec.perturbation.exact_rules.examples / self.spec.objective.examples_per_probe
+        losses = ((result.codes, f32(result.loss)) for result in results)
+        loss = f32(codec.mean_loss(losses, exact=exact, exact_weight=weight))
         self.plateau.take(step, number, loss)
         self.trend.take(number, loss)
         sealed = LocalRound(
             round=number,
             scale=self.scale,
-            alpha=float(alpha),
+            alpha=alpha,
             digest=short_digest(self.digest()),
             slots=tuple(range(len(results))),
             counts=tuple(len(result.codes) for result in results),
             codes=codes,
             loss=loss,
             tokens=sum(result.tokens for result in results),
+            exact=exact,
+            exact_scale=self.exact_scale,
             warning="" if self.trend.rising is None else f"{self.trend.rising.rise}; {ADVICE}",
         )
         apply_update(
@@ -137,7 +162,7 @@ class LocalRun(Generic[Item]):
             codes=sealed.codes,
             alpha=sealed.alpha,
         )
-        self.scale = float(codec.next_scale(self.scale, codes))
+        self.scale, self.exact_scale = mixing.scales_after(scales, both)
         if sealed.warning and not (self.rounds and self.rounds[-1].warning):
             _log.warning("%s", sealed.warning)
         self.rounds.append(sealed)
