@@ -43,8 +43,9 @@ coordinator serves its [live page](operating.md) there too. All of it is read-on
 address sees it. A monitor that fails is switched off and says so; training goes on.
 
 Counters begin at 0 with the process, as `rate()` expects. What follows from the log goes on after a restart, of a
-coordinator: `peerturb_round`, `peerturb_probes_total`, `peerturb_codes_void_total`, `peerturb_log_records`. No label
-names a peer: a run of a thousand peers has as many series as one of two. A value that is not known is NaN.
+coordinator: `peerturb_round`, `peerturb_probes_total`, `peerturb_codes_total`, `peerturb_codes_void_total`,
+`peerturb_log_records`. No label names a peer: a run of a thousand peers has as many series as one of two. A value that
+is not known is NaN.
 """
 
 

@@ -104,6 +104,13 @@ class Metrics:
         yield peers
         yield _gauge("peerturb_sessions", "Streams that stand, handshakes included.", self._runner.streams)
         yield _counter("peerturb_probes", "Codes in sealed rounds, of the whole run.", status.probes)
+        exact = self._runner.machine.ledger.exact_probes
+        estimators = CounterMetricFamily(
+            "peerturb_codes", "Codes in sealed rounds by how they were found, of the whole run.", labels=["estimator"]
+        )
+        for estimator, count in (("spsa", status.probes - exact), ("exact", exact)):
+            estimators.add_metric([estimator], count)
+        yield estimators
         yield _counter("peerturb_codes_void", "Void codes in sealed rounds, of the whole run.", status.void_codes)
         yield _counter(
             "peerturb_digest_mismatch", "Contributions left out because they were measured on other weights.",

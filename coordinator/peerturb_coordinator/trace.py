@@ -206,7 +206,9 @@ def _line(now_ms: int, session: SessionId, message: FromPeer | Disconnected) -> 
                 manifest=message.manifest_digest.hex(), position=message.position,
             )  # fmt: skip
         case Contribution():
-            return lines.ContributionLine(now_ms=now_ms, session=session, round=message.round, count=len(message.codes))
+            return lines.ContributionLine(
+                now_ms=now_ms, session=session, round=message.round, count=len(message.codes), exact=message.is_exact
+            )
         case Evaluation():
             return lines.EvaluationLine(now_ms=now_ms, session=session, round=message.round)
         case Leave():

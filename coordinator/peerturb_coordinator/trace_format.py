@@ -76,6 +76,8 @@ class ContributionLine(_Input):
     round: Count
     count: int = Field(ge=0, le=limits.PROBES_PER_CONTRIBUTION_MAX)
     """Number of codes."""
+    exact: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Whether they are exact projections; left out where they are not, so that older traces keep their bytes."""
 
 
 class EvaluationLine(_Input):

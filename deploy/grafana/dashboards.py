@@ -97,7 +97,7 @@ RUN = Page(
                 {"step size": "abs(peerturb_step_size{@c})", "scale of a code": "peerturb_scale{@c}"},
                 "sci",
             ),
-            Panel("Probes a second", {EACH: "rate(peerturb_probes_total{@c}[@r])"}),
+            Panel("Codes a second", {"{{estimator}}": "sum by (estimator) (rate(peerturb_codes_total{@c}[@r]))"}),
             Panel(
                 "Void codes",
                 {"share": "rate(peerturb_codes_void_total{@c}[@r]) / rate(peerturb_probes_total{@c}[@r])"},

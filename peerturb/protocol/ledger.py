@@ -83,6 +83,8 @@ class Ledger:
     digest: int = 0
     """Of the newest sealed round."""
     probes: int = 0
+    exact_probes: int = 0
+    """How many of them are exact projections."""
     void_codes: int = 0
     is_finished: bool = False
     plateau: Plateau = field(default_factory=Plateau)
@@ -201,6 +203,7 @@ class Ledger:
         self.scale, self.exact_scale = self.scales_after(record)
         self.alpha, self.loss, self.digest = record.alpha, record.loss, record.digest
         self.probes += len(record.codes)
+        self.exact_probes += len(record.by_estimator()[1])
         self.void_codes += record.codes.count(VOID_BYTE)
         self.sealed_rounds = record.round + 1
         self.last_sealed_at = self.position

@@ -35,6 +35,8 @@ class Request:
     scale: float
     count: int
     """Probes: samples 0..count-1."""
+    is_exact: bool = False
+    """Whether they are exact projections of one gradient."""
     answer: "Measurement | None" = None
     """For the compute to keep what it has computed ahead."""
 

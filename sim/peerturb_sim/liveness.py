@@ -4,6 +4,7 @@ A checker from outside, for runs whose faults have no common end: it looks now a
 though nothing hindered it. It asks no machine for its opinion, but for the sentence that it reports.
 """
 
+from peerturb.protocol.rules import codes_max
 from peerturb_sim.checks import BrokenInvariantError
 from peerturb_sim.network import Line
 from peerturb_sim.peer import Peer
@@ -64,7 +65,8 @@ class Liveness:
         if now_us < max(peer.resumes_us, peer.host.blocked_until_us):
             return False
         behind = max(0, world.log.ledger.sealed_rounds - peer.rounds)
-        work_s = world.spec.round.probes_max / peer.probes_per_s
+        most = codes_max(world.spec, is_exact=peer.group.estimator == "exact")
+        work_s = peer.group.measuring_s(most, peer.probes_per_s)
         work_s += (peer.group.apply_ms * (1 + behind) + peer.group.evaluate_ms) / 1e3
         return work_s <= WORK_S_MAX
 

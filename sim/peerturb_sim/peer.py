@@ -183,6 +183,7 @@ class Peer:
             digest=self.weights.digest,
             ledger=ledger,
             unapplied=sealed[saved_rounds:],
+            estimator=self.group.estimator,
             evaluates=self.group.evaluates,
             doubts=self.liar is None or self.liar.doubts,
         )

@@ -34,8 +34,8 @@ START_S = 300.0
 TOGETHER = 4
 """Measurements in one call: enough that calls cost little, few enough that workers finish a round together."""
 
-Ask = tuple[int, int, int, float, int]
-"""State, slot, round, scale and count of a measurement."""
+Ask = tuple[int, int, int, float, int, bool]
+"""State, slot, round, scale and count of a measurement, and whether it is of exact projections."""
 
 
 class Worker:
@@ -67,8 +67,8 @@ class Worker:
         """Hear of states, then measure at some of them."""
         self._hear(steps)
         return [
-            self.model.measure(number, slot=slot, round=round_, scale=scale, count=count)
-            for number, slot, round_, scale, count in asked
+            self.model.measure(number, slot=slot, round=round_, scale=scale, count=count, is_exact=is_exact)
+            for number, slot, round_, scale, count, is_exact in asked
         ]
 
     def digest(self, steps: Sequence[Step], number: int) -> int:
@@ -249,8 +249,8 @@ class RayCompute(TorchCompute):
 
     def _send(self, crew: _Crew, requests: list[Request]) -> None:
         asked: list[Ask] = [
-            (request.weights.number, int(request.slot), int(request.round), request.scale, request.count)
-            for request in requests
+            (int(one.weights.number), int(one.slot), int(one.round), one.scale, one.count, one.is_exact)
+            for one in requests
         ]
         crew.calls.append(_Call(requests, crew.actor.measure.remote(self._news(crew), asked)))
         for request in requests:

@@ -18,6 +18,7 @@ from peerturb.spec import RunSpec
 from peerturb.zo.base import load_base
 from peerturb.zo.digest import run_digest, short_digest
 from peerturb.zo.evaluate import evaluate
+from peerturb.zo.exact import ExactEngine
 from peerturb.zo.objective import TokenSequence
 from peerturb.zo.probe import ProbeEngine
 from peerturb_node.compute.prepared import Prepared
@@ -52,12 +53,18 @@ class RealModel:
         objective = runner.objective
         parts: list[Sequence[TokenSequence]] = [self._prepared.items]
         parts += [objective.load(Path(name).expanduser()) for name in others]
-        self._engine = cache(lambda part: ProbeEngine(runner, spec, parts[part], rows_max=section.rows or None))
-        """By part of the data, made when its first peer measures."""
+
+        def engine(part: int, is_exact: bool = False) -> ProbeEngine[TokenSequence] | ExactEngine[TokenSequence]:
+            make = ExactEngine if is_exact else ProbeEngine
+            return make(runner, spec, parts[part], rows_max=section.rows or None)
+
+        self._engine = cache(engine)
+        """By part of the data and estimator, made when its first peer measures."""
         self._parts = len(parts)
         for number, part in enumerate(parts):
-            if number == 0 or len(part) < spec.objective.examples_per_probe:
-                self._engine(number)  # says now what is wrong with model or data
+            for name in spec.perturbation.estimators:
+                if number == 0 or (name == "spsa" and len(part) < spec.objective.examples_per_probe):
+                    self._engine(number, name == "exact")  # says now what is wrong with model or data
 
     def add(self, step: Step) -> None:
         """Hear of a state."""
@@ -68,11 +75,13 @@ class RealModel:
         if self._states.go(number):
             self._prepared.changed()
 
-    def measure(self, number: int, *, slot: int, round: int, scale: float, count: int) -> Measurement:
-        """Measure the probes of a slot at a state."""
+    def measure(
+        self, number: int, *, slot: int, round: int, scale: float, count: int, is_exact: bool = False
+    ) -> Measurement:
+        """Measure the probes of a slot at a state, or project its gradient."""
         self.go(number)
         self._prepared.refresh()
-        engine = self._engine(slot % self._parts)
+        engine = self._engine(slot % self._parts, is_exact)
         result = engine.contribute(RoundNumber(round), slot=Slot(slot), scale=scale, count=count)
         return Measurement(codes=result.codes.tobytes(), loss=f32(result.loss))
 

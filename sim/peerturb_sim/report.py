@@ -239,14 +239,17 @@ def _figures(peers: Sequence[PeerRow], codes: int) -> list[str]:
 
 def _groups(result: Result) -> str:
     codes = sum(peer.codes for peer in result.peers)
-    parts: dict[tuple[str, str], list[PeerRow]] = {}
+    parts: dict[tuple[str, str, str], list[PeerRow]] = {}
     for peer in result.peers:
-        parts.setdefault((peer.group, peer.lie), []).append(peer)
+        parts.setdefault((peer.group, peer.lie, peer.estimator), []).append(peer)
     rows = [
-        [group, f"lie: {lie}" if lie else "honest", f"{len(peers):,}", *_figures(peers, codes)]
-        for (group, lie), peers in parts.items()
+        [group, f"lie: {lie}" if lie else "honest", estimator, f"{len(peers):,}", *_figures(peers, codes)]
+        for (group, lie, estimator), peers in parts.items()
     ]
-    table = _table([("group", ""), ("behaviour", ""), ("peers", "n"), *_FIGURES], rows, css="figures")
+    heads = [("group", ""), ("behaviour", ""), ("estimator", ""), ("peers", "n"), *_FIGURES]
+    if all(row[2] == "spsa" for row in rows):
+        heads, rows = [*heads[:2], *heads[3:]], [[*row[:2], *row[3:]] for row in rows]
+    table = _table(heads, rows, css="figures")
     return f"<h2>What each group gave</h2>{table}"
 
 
@@ -255,7 +258,8 @@ def _peers(result: Result) -> str:
     ranked = sorted(result.peers, key=lambda peer: (-peer.codes, peer.peer))
     rows = []
     for peer in ranked[:PEERS_MAX]:
-        what = ", ".join(filter(None, [peer.lie and f"lie: {peer.lie}", peer.stopped and f"stopped: {peer.stopped}"]))
+        said = [peer.lie and f"lie: {peer.lie}", peer.stopped and f"stopped: {peer.stopped}"]
+        what = ", ".join(filter(None, ["exact" if peer.estimator == "exact" else "", *said]))
         slots = ", ".join(map(str, peer.slots[:4])) + (" …" if len(peer.slots) > 4 else "")
         own = [f"{peer.probes_per_s:.3g}", amounts.seconds(peer.present_s)]
         rows.append([peer.name, slots, *own, *_figures([peer], codes), what])

@@ -24,6 +24,7 @@ from peerturb.protocol.messages import (
 )
 from peerturb.protocol.outputs import Send, SessionId
 from peerturb.protocol.records import Record, RoundSealed
+from peerturb.protocol.rules import codes_max
 from peerturb.spec import RunSpec
 from peerturb.wire.records import encode_record
 from peerturb_coordinator.recovery import recover
@@ -130,15 +131,18 @@ class Reproduction:
         """Measure what the peer measured. What the machine will refuse for its round or length is not measured."""
         ledger, number = self._machine.ledger, RoundNumber(line.round)
         slot, opened = self._slots.get(SessionId(line.session)), ledger.open
-        is_wanted = opened is not None and opened.round == number and 1 <= line.count <= self._spec.round.probes_max
-        if slot is None or not is_wanted:
-            return Contribution(round=number, codes=bytes(line.count), loss=float("nan"), digest=0)
-        assert opened is not None
-        weights = self._weights[ledger.sealed_rounds]
-        request = Request(weights=weights, slot=slot, round=number, scale=opened.scale, count=line.count)
+        is_allowed = self._spec.perturbation.allows("exact" if line.exact else "spsa")
+        is_wanted = is_allowed and 1 <= line.count <= codes_max(self._spec, is_exact=line.exact)
+        if slot is None or opened is None or opened.round != number or not is_wanted:
+            codes = bytes(line.count)
+            return Contribution(round=number, codes=codes, loss=float("nan"), digest=0, is_exact=line.exact)
+        weights, scale = self._weights[ledger.sealed_rounds], opened.scale_of(is_exact=line.exact)
+        request = Request(weights=weights, slot=slot, round=number, scale=scale, count=line.count, is_exact=line.exact)
         self._compute.expect(request)
         found = self._compute.measure(request)
-        return Contribution(round=number, codes=found.codes, loss=found.loss, digest=weights.digest)
+        return Contribution(
+            round=number, codes=found.codes, loss=found.loss, digest=weights.digest, is_exact=line.exact
+        )
 
     def _evaluation(self, line: EvaluationLine) -> Evaluation:
         """Evaluate what the peer evaluated, unless the machine will refuse it for its round."""

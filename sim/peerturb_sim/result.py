@@ -107,6 +107,8 @@ class PeerRow:
     bytes_down: int
     stopped: str
     """Why its machine stopped before the end; empty if it did not or the run was over."""
+    estimator: str = "spsa"
+    """How it found its codes, `spsa` or `exact`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from peerturb import limits
 from peerturb.errors import SpecError
 from peerturb.manifest import DType
+from peerturb.noise import Estimator
 from peerturb.spec import ObjectiveSpec, PerturbationSpec, RoundSpec, Section, StepSpec
 from peerturb_sim.complaints import MisplacedError, explain
 
@@ -86,6 +87,11 @@ class GroupSpec(Section):
     """A line's name, or a table of its own."""
     probes_per_s: Range = (20.0, 60.0)
     """Speed of the card, drawn from this range evenly on a logarithmic scale."""
+    estimator: Estimator = "spsa"
+    """How these peers find their codes; `perturbation.estimators` must allow it. With `exact` they send
+    `perturbation.exact.codes` each round, by one gradient of `gradient_ms`, then at `codes_per_s`."""
+    gradient_ms: float = Field(default=500.0, ge=0, le=3_600_000)
+    codes_per_s: float = Field(default=20_000.0, gt=0, le=1e9)
     apply_ms: float = Field(default=5.0, ge=0, le=3_600_000)
     """Time of one update."""
     evaluate_ms: float = Field(default=200.0, ge=0, le=3_600_000)
@@ -115,6 +121,12 @@ class GroupSpec(Section):
             text = f"there is no line {self.line!r}; there are {', '.join(LINES)}, or write a table"
             raise MisplacedError(("line",), text)
         return self
+
+    def measuring_s(self, count: int, probes_per_s: float) -> float:
+        """Return the time of so many codes, at the drawn speed of a peer's card."""
+        if self.estimator == "exact":
+            return self.gradient_ms / 1e3 + count / self.codes_per_s
+        return count / probes_per_s
 
     @property
     def line_spec(self) -> LineSpec:
@@ -204,6 +216,9 @@ class Scenario(Section):
                 raise MisplacedError(
                     ("peers", number, "name"), f"an earlier group is called {group.name!r} too: rename"
                 )
+            if not self.perturbation.allows(group.estimator):
+                text = f"perturbation.estimators does not allow {group.estimator!r}: add it there"
+                raise MisplacedError(("peers", number, "estimator"), text)
             names.append(group.name)
             total += group.count
             if total > limits.SLOTS_MAX:

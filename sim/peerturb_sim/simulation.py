@@ -180,6 +180,7 @@ def _row(world: World, peer: Peer) -> PeerRow:
         group=peer.group.name,
         slots=list(peer.tally.slots),
         lie=peer.group.lie or "",
+        estimator=peer.group.estimator,
         probes_per_s=round(peer.probes_per_s, 3),
         present_s=peer.present_us() / 1e6,
         sessions=peer.tally.sessions,

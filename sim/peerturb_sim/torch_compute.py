@@ -77,8 +77,9 @@ class TorchCompute:
 
     def _measured(self, request: Request) -> Measurement:
         return self.model.measure(
-            request.weights.number, slot=request.slot, round=request.round, scale=request.scale, count=request.count
-        )
+            request.weights.number, slot=request.slot, round=request.round, scale=request.scale, count=request.count,
+            is_exact=request.is_exact,
+        )  # fmt: skip
 
     def _follow(self, weights: State, sealed: RoundSealed | None, rounds: int) -> State:
         self._count += 1

@@ -116,14 +116,12 @@ class ToyCompute:
     def measure(self, request: Request) -> Measurement:
         """Return the codes and the mean loss; everything expected on the same weights is computed with it."""
         if request.answer is None:
-            by_round: defaultdict[tuple[int, float], list[Request]] = defaultdict(list)
+            by_round: defaultdict[tuple[int, float, bool], list[Request]] = defaultdict(list)
             for one in request.weights.expected:
-                by_round[one.round, one.scale].append(one)
+                by_round[one.round, one.scale, one.is_exact].append(one)
             request.weights.expected.clear()
-            self._measure_all(by_round[request.round, request.scale])
-            for (round_, scale), others in by_round.items():
-                if (round_, scale) != (request.round, request.scale):
-                    self._measure_all(others)
+            for others in by_round.values():
+                self._measure_all(others)
         assert request.answer is not None, "a measurement must be expected before it is taken"
         return request.answer
 
@@ -141,7 +139,11 @@ class ToyCompute:
         samples = np.concatenate([np.arange(count) for count in counts])
         noise = rng.philox(0, rng.BATCH_STREAM, samples, first.round, key=(self._spec.run_key, slots))
         signs = self._signs(first.round, slots, samples)
-        projected, losses = self._objective.measure(first.weights.values.astype(np.float64), signs, noise)
+        values = first.weights.values.astype(np.float64)
+        if first.is_exact:
+            projected, losses = self._exact(requests, values, signs)
+        else:
+            projected, losses = self._objective.measure(values, signs, noise)
         rounding, luck = self._spec.perturbation.rounding, None
         if rounding == "stochastic":
             luck = rng.philox(0, rng.CODE_STREAM, samples, first.round, key=(self._spec.run_key, slots))[..., 0]
@@ -153,6 +155,20 @@ class ToyCompute:
             loss = math.fsum(finite) / len(finite) if len(finite) else math.nan
             request.answer = Measurement(codes=codes[start:end].tobytes(), loss=f32(loss))
             start = end
+
+    def _exact(self, requests: Sequence[Request], values: F64, signs: F64) -> tuple[F64, F64]:
+        """Return the projections of each request's own gradient, and its loss for each of them: f64 [n] both."""
+        examples, start = self._spec.perturbation.exact_rules.examples, 0
+        projected, losses = np.zeros(len(signs)), np.zeros(len(signs))
+        for one in requests:
+            # As many words as examples or elements ask for: sample and block number them.
+            blocks = np.arange(max(SIZE, examples))
+            noise = rng.philox(blocks, rng.BATCH_STREAM, 0, one.round, key=(self._spec.run_key, one.slot))
+            gradient, loss = self._objective.gradient(values, noise, examples)
+            part = slice(start, start + one.count)
+            projected[part], losses[part] = _project(signs[part], gradient), loss
+            start += one.count
+        return projected, losses
 
     def _signs(self, round_: int, slots: NDArray[np.int64], samples: NDArray[np.int64]) -> F64:
         signs = rng.linear_signs(
@@ -170,6 +186,7 @@ class Quadratic:
         self._optimum = np.array([draws.gauss(0.0, 1.0) for _ in range(SIZE)])
         self._curvature = np.array([toy.condition ** -(index / (SIZE - 1)) for index in range(SIZE)])
         self._epsilon = epsilon
+        self._pull = toy.noise
         self._noise = toy.noise * math.sqrt(math.fsum(self._curvature**2))
 
     def measure(self, values: F64, signs: F64, noise: rng.U32) -> tuple[F64, F64]:
@@ -180,6 +197,13 @@ class Quadratic:
         lift = self._epsilon**2 / 2 * math.fsum(self._curvature)
         steepness = math.sqrt(math.fsum(gradient**2) / SIZE)
         return _project(signs, gradient) + pull, self._loss(values) + lift + luck * steepness
+
+    def gradient(self, values: F64, noise: rng.U32, examples: int) -> tuple[F64, float]:
+        """Return the gradient over so many examples, f64 [SIZE], and their mean loss."""
+        gradient = self._curvature * (values - self._optimum)
+        sums = noise.view(np.uint8).reshape(-1, 2, 8)[:SIZE, 0].astype(np.int64).sum(axis=1) - 8 * 255 / 2
+        pull = sums / _BYTE_SUM_SPREAD / math.sqrt(examples)
+        return gradient + self._curvature * self._pull * pull, self._loss(values)
 
     def evaluate(self, values: F64) -> Evaluation:
         """Return the loss without noise."""
@@ -212,6 +236,13 @@ class Logistic:
         moved = np.einsum("nbi,ni->nb", self._rows[chosen], signs) * (self._epsilon / self._width)
         plus, minus = (np.logaddexp(0.0, -(margins + move)).mean(axis=1) for move in (moved, -moved))
         return (plus - minus) / (2 * self._epsilon), (plus + minus) / 2
+
+    def gradient(self, values: F64, noise: rng.U32, examples: int) -> tuple[F64, float]:
+        """Return the gradient over so many examples, f64 [SIZE], and their mean loss."""
+        rows = self._rows[noise[:examples, 0].astype(np.int64) % EXAMPLES]
+        margins = _project(rows, values) / self._width
+        slopes = 1.0 / (1.0 + np.exp(margins)) / self._width
+        return -(rows * slopes[:, None]).mean(axis=0), math.fsum(np.logaddexp(0.0, -margins)) / examples
 
     def evaluate(self, values: F64) -> Evaluation:
         """Return loss and accuracy on the held-out examples."""

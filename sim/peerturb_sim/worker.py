@@ -59,9 +59,11 @@ class Worker:
                     round=round_,
                     scale=work.scale,
                     count=count,
+                    is_exact=self._peer.group.estimator == "exact",
                 )
                 self._world.compute.expect(self._request)
-                return round(count / self._peer.probes_per_s * 1e6 * self._draws.uniform(0.97, 1.06))
+                seconds = self._peer.group.measuring_s(count, self._peer.probes_per_s)
+                return round(seconds * 1e6 * self._draws.uniform(0.97, 1.06))
             case Apply():
                 return round(1000 * self._peer.group.apply_ms)
             case Evaluate():

@@ -1,4 +1,4 @@
-"""Nodes with and without memory for gradients train in one run: better together than either half, and replicas equal."""
+"""Nodes with and without memory for gradients train in one run, better together than either half; replicas equal."""
 
 import json
 import math
