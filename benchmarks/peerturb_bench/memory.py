@@ -82,15 +82,19 @@ def _measure(device: str, dtype: DType) -> dict[str, float]:
         for batch in batches:
             engine.evaluator.losses(batch)
 
-    peak = _peak_on_gpu if device == "cuda" else _peak
     peaks = {
-        "inference": peak(infer),
-        "probe": peak(lambda: engine.measure(RoundNumber(0), slot=slot)),
+        "inference": peak(infer, device),
+        "probe": peak(lambda: engine.measure(RoundNumber(0), slot=slot), device),
     }
     itemsize = 4 if dtype == "float32" else 2
     rows = max(len(batch) for batch in batches)
     weights = sum(tensor.numel() * itemsize for _, tensor in engine.evaluator.parameters)
     return {**peaks, "weights": weights, "tile": rows * TOKENS * LLAMA.inner * itemsize}
+
+
+def peak(work: Callable[[], object], device: str) -> float:
+    """Return by how many bytes `work` raises what is in use on a device, the third time."""
+    return _peak_on_gpu(work) if device == "cuda" else _peak(work)
 
 
 def _peak(work: Callable[[], object]) -> float:

@@ -36,6 +36,13 @@ BENCHMARKS = {
         summary="Seconds and forward passes to the loss MeZO ends with, against MeZO; AdamW as the ceiling.",
         is_drawn=True,
     ),
+    "learning": Benchmark(
+        summary="Held-out loss in equal time and rounds: SPSA, exact projections, MeZO, AdamW on full gradients.",
+        is_drawn=True,
+    ),
+    "exact": Benchmark(
+        summary="Time and memory of an exact contribution: its codes beside the backward pass they come from."
+    ),
     "sides": Benchmark(
         summary="Held-out loss with one-sided probes and one clean loss, against two-sided, at equal forward passes."
     ),

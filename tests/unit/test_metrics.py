@@ -37,7 +37,17 @@ async def test_names_and_units_are_as_prometheus_wants_them() -> None:
             if metric.type == "histogram":
                 assert metric.name.endswith("_seconds"), where
             labels = {label for sample in metric.samples for label in sample.labels} - {"le"}
-            assert labels <= {"direction", "kind", "reason", "state", "metric", "code", "own", "version", "estimator"}, where
+            assert labels <= {
+                "direction",
+                "kind",
+                "reason",
+                "state",
+                "metric",
+                "code",
+                "own",
+                "version",
+                "estimator",
+            }, where
             assert len(metric.samples) <= 40, "labels are bounded"
 
 
