@@ -3,15 +3,15 @@
 The update adds all codes alike. Let r be the root mean square of an estimator's projected gradients: the best weight
 of each is 1 / r**2 (docs/numerics.md, section 11), and codes of a scale proportional to r**2 have just this weight.
 Nothing but sealed counts and codes is used. Everything in f64 by basic operations in the written order, as in
-`peerturb.codec`.
+`peerturb.stepping`.
 """
 
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
-from peerturb.codec import (
+from peerturb.floats import f32
+from peerturb.spec import StepSpec
+from peerturb.stepping import (
     FACTOR_MAX,
     FACTOR_MIN,
     SCALE_MAX,
@@ -25,7 +25,6 @@ from peerturb.codec import (
     step_size,
     valid_squares,
 )
-from peerturb.spec import StepSpec
 
 RMS_MIN = 4.0
 """Below this rms(c) rounding would be a sizable part of a code: noisier codes count for more than they are worth."""
@@ -40,7 +39,7 @@ def target_rms(scale: float, smallest: float) -> float:
     return max(TARGET_RMS * math.sqrt(smallest / scale), RMS_MIN)
 
 
-def next_scales(scales: Sequence[float], codes: Sequence[Codes]) -> tuple[np.float32, ...]:
+def next_scales(scales: Sequence[float], codes: Sequence[Codes]) -> tuple[float, ...]:
     """Return the scales of the next round, one for each estimator, from this round's scales and sealed codes.
 
     s' = f32(s * clamp(sqrt(rms(c) / target), 1/4, 2)), kept in [2^-100, 2^100]. Where an estimator has no valid code
@@ -66,7 +65,7 @@ def next_scales(scales: Sequence[float], codes: Sequence[Codes]) -> tuple[np.flo
         factors.append(min(max(factor, FACTOR_MIN), FACTOR_MAX))
     first = next((factor for factor in factors if factor is not None), 1.0)
     return tuple(
-        np.float32(min(max(scale * (first if factor is None else factor), SCALE_MIN), SCALE_MAX))
+        f32(min(max(scale * (first if factor is None else factor), SCALE_MIN), SCALE_MAX))
         for scale, factor in zip(scales, factors, strict=True)
     )
 
@@ -87,9 +86,9 @@ def scales_after(scales: tuple[float, float], codes: tuple[bytes, bytes]) -> tup
         codes: of `spsa` and of `exact`.
     """
     if not scales[1]:
-        return float(next_scale(scales[0], codes[0] or codes[1])), 0.0
+        return next_scale(scales[0], codes[0] or codes[1]), 0.0
     spsa, exact = next_scales(scales, codes)
-    return float(spsa), float(exact)
+    return spsa, exact
 
 
 def alpha_after(
@@ -98,15 +97,15 @@ def alpha_after(
 ) -> float:  # fmt: skip
     """Return a sealed round's step size, an f32 value; arguments as for `scales_after` and `mixed_step_size`."""
     if not scales[1]:
-        return float(step_size(step, round, scales[0], codes[0] or codes[1], total_rounds, fraction=fraction))
-    return float(mixed_step_size(step, round, scales, codes, total_rounds, fraction=fraction))
+        return step_size(step, round, scales[0], codes[0] or codes[1], total_rounds, fraction=fraction)
+    return mixed_step_size(step, round, scales, codes, total_rounds, fraction=fraction)
 
 
 def mixed_step_size(
     step: StepSpec, round: int, scales: Sequence[float], codes: Sequence[Codes], total_rounds: int, *,
     fraction: float = 1.0,
-) -> np.float32:  # fmt: skip
-    """Return alpha of a sealed round with a scale for each estimator; see `peerturb.codec.step_size`.
+) -> float:  # fmt: skip
+    """Return alpha of a sealed round with a scale for each estimator; see `peerturb.stepping.step_size`.
 
     With e the codes' worth, h = `half_codes`, S the sum of all squares: `sgd`: lr * smallest scale / (e + h);
     `normalized`: lr / ((e + h) * sqrt(S / e)).
@@ -119,9 +118,9 @@ def mixed_step_size(
     tallies = [valid_squares(part) for part in codes]
     squares = sum(tally[1] for tally in tallies)
     if squares == 0:
-        return np.float32(0.0)
+        return f32(0.0)
     rate = learning_rate(step, round, total_rounds, fraction=fraction)
     amount = worth(scales, [tally[0] for tally in tallies])
     whole = amount + step.half_codes
     alpha = rate * min(scales) / whole if step.rule == "sgd" else rate / (whole * math.sqrt(squares / amount))
-    return np.float32(min(alpha, STEP_MAX))
+    return f32(min(alpha, STEP_MAX))

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from peerturb import codec
+from peerturb import stepping
 from peerturb.errors import ModelError, UnreachableError
 from peerturb.ids import PeerKey, RoundNumber, Slot
 from peerturb.protocol.ledger import Ledger
@@ -146,7 +146,7 @@ def _records(spec: RunSpec, rounds: int, digest: Callable[[], int]) -> Iterator[
         yield legal(
             RoundSealed(
                 round=RoundNumber(number),
-                alpha=float(codec.step_size(spec.step, number, scale, codes, spec.round.count)),
+                alpha=stepping.step_size(spec.step, number, scale, codes, spec.round.count),
                 loss=2.0,
                 digest=digest(),
                 slots=tuple(Slot(slot) for slot in range(PEERS)),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peerturb import codec
+from peerturb import stepping
 from peerturb.errors import DataError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
@@ -97,7 +97,7 @@ def _log(spec: RunSpec, manifest: Manifest, weights: Sequence[Tensor], rounds: i
         codes = np.clip(drawn, -127, 127).astype(np.int8).tobytes()
         sealed = RoundSealed(
             round=RoundNumber(number),
-            alpha=float(codec.step_size(spec.step, number, scale, codes, spec.round.count)),
+            alpha=stepping.step_size(spec.step, number, scale, codes, spec.round.count),
             loss=2.0,
             digest=short_digest(run_digest(manifest, weights)) if number % CHECK_EVERY == 0 else 0,
             slots=tuple(Slot(slot) for slot in range(SLOTS)),

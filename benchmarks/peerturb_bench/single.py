@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peerturb import codec
+from peerturb import stepping
 from peerturb.errors import DataError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
@@ -164,19 +164,19 @@ class ByteExchange:
         """See `Exchange`."""
         if self._is_settled and round.number == 0:
             gradients = np.concatenate(_measured(round))
-            self.scale = float(np.float32(np.sqrt(np.nanmean(gradients**2)) / codec.TARGET_RMS))
+            self.scale = float(np.float32(np.sqrt(np.nanmean(gradients**2)) / stepping.TARGET_RMS))
         codes = [
             engine.contribute(round.number, slot=Slot(slot), scale=self.scale).codes
             for slot, engine in enumerate(round.engines)
         ]
         sealed = np.concatenate(codes)
         spec = round.spec
-        alpha = codec.step_size(spec.step, round.number, self.scale, sealed, spec.round.count)
+        alpha = stepping.step_size(spec.step, round.number, self.scale, sealed, spec.round.count)
         apply_update(
             round.weights, round.manifest, family=spec.perturbation.family, run_key=spec.run_key, round=round.number,
             slots=range(len(codes)), counts=[len(part) for part in codes], codes=sealed, alpha=float(alpha),
         )  # fmt: skip
-        self.scale = float(codec.next_scale(self.scale, sealed))
+        self.scale = stepping.next_scale(self.scale, sealed)
 
 
 class FloatExchange:
@@ -225,7 +225,7 @@ def apply_floats(round: Round, counts: Sequence[int], gradients: NDArray[np.floa
     squares = float(np.dot(wide, wide))
     if squares == 0.0:
         return
-    rate = codec.learning_rate(round.spec.step, round.number, round.spec.round.count)
+    rate = stepping.learning_rate(round.spec.step, round.number, round.spec.round.count)
     alpha = float(np.float32(rate / (len(wide) * np.sqrt(squares / len(wide)))))
     slots = np.repeat(np.arange(len(counts)), counts)
     samples = np.concatenate([np.arange(count) for count in counts])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from peerturb import codec, limits
+from peerturb import limits, stepping
 from peerturb.floats import f32
 from peerturb.ids import Slot
 from peerturb.protocol.ledger import Ledger
@@ -80,4 +80,4 @@ def _mean_loss(ledger: Ledger, parts: Sequence[Contribution]) -> float:
     assert ledger.spec is not None
     exact = {number for number, part in enumerate(parts) if part.is_exact}
     weight = ledger.spec.perturbation.exact_rules.examples / ledger.spec.objective.examples_per_probe
-    return codec.mean_loss(((part.codes, part.loss) for part in parts), exact=exact, exact_weight=weight)
+    return stepping.mean_loss(((part.codes, part.loss) for part in parts), exact=exact, exact_weight=weight)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from peerturb import codec, limits
+from peerturb import limits, stepping
 from peerturb.errors import LogError
 from peerturb.floats import f32
 from peerturb.ids import PeerKey, Position, Slot, short_hex
@@ -32,7 +32,7 @@ __all__ = ["IllegalRecordError", "Ledger", "Member", "shape_objection", "step_si
 
 _START = Position(0)
 
-VOID_BYTE = codec.VOID & 0xFF
+VOID_BYTE = stepping.VOID & 0xFF
 """A void code as it stands in a bytes object."""
 
 
@@ -141,7 +141,7 @@ class Ledger:
         match record:
             case RunStarted(spec=spec):
                 self.spec = spec
-                self.scale = f32(max(spec.perturbation.initial_scale, codec.SCALE_MIN))
+                self.scale = f32(max(spec.perturbation.initial_scale, stepping.SCALE_MIN))
                 self.exact_scale = self.scale if spec.perturbation.is_mixed else 0.0
             case PeerJoined():
                 self._join(record)

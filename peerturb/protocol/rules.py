@@ -2,8 +2,8 @@
 
 from itertools import pairwise
 
-from peerturb import codec, limits, mixing
-from peerturb.floats import f32, is_f32
+from peerturb import limits, mixing, stepping
+from peerturb.floats import is_f32
 from peerturb.ids import RoundNumber
 from peerturb.protocol.records import RoundOpened, RoundSealed
 from peerturb.spec import RunSpec
@@ -14,7 +14,7 @@ def step_size(spec: RunSpec, round_: RoundNumber, scale: float, codes: bytes, *,
 
     `fraction` is the plateau schedule's.
     """
-    return f32(float(codec.step_size(spec.step, round_, scale, codes, spec.round.count, fraction=fraction)))
+    return stepping.step_size(spec.step, round_, scale, codes, spec.round.count, fraction=fraction)
 
 
 def alpha_of(spec: RunSpec, opened: RoundOpened, sealed: RoundSealed, *, fraction: float = 1.0) -> float:

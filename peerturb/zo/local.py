@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from peerturb import codec, mixing
+from peerturb import mixing, stepping
 from peerturb.errors import DataError, ModelError
 from peerturb.floats import f32
 from peerturb.ids import RoundNumber, Slot
@@ -98,7 +98,7 @@ class LocalRun(Generic[Item]):
         self.weights = [tensor.data for _, tensor in evaluator.parameters]
         self.rounds: list[LocalRound] = []
         """What has been sealed so far: with the base weights, the whole run."""
-        self.scale = f32(max(spec.perturbation.initial_scale, codec.SCALE_MIN))
+        self.scale = f32(max(spec.perturbation.initial_scale, stepping.SCALE_MIN))
         self.exact_scale = self.scale if spec.perturbation.is_mixed else 0.0
         self.plateau = Plateau()
         self.trend = Trend()
@@ -134,7 +134,7 @@ class LocalRun(Generic[Item]):
         alpha = mixing.alpha_after(step, number, scales, both, rounds, fraction=self.plateau.fraction)
         weight = self.spec.perturbation.exact_rules.examples / self.spec.objective.examples_per_probe
         losses = ((result.codes, f32(result.loss)) for result in results)
-        loss = f32(codec.mean_loss(losses, exact=exact, exact_weight=weight))
+        loss = f32(stepping.mean_loss(losses, exact=exact, exact_weight=weight))
         self.plateau.take(step, number, loss)
         self.trend.take(number, loss)
         sealed = LocalRound(

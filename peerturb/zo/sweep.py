@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peerturb import codec
+from peerturb import stepping
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.spec import RunSpec
@@ -102,7 +102,7 @@ class Sweep(Generic[Item]):
         finite = gradients[np.isfinite(gradients)]
         rms = math.sqrt(float(np.mean(finite**2))) if finite.size else 0.0
         if rms > 0:
-            self.scale = float(np.float32(min(max(rms / codec.TARGET_RMS, codec.SCALE_MIN), codec.SCALE_MAX)))
+            self.scale = float(np.float32(min(max(rms / stepping.TARGET_RMS, stepping.SCALE_MIN), stepping.SCALE_MAX)))
 
     def run(self, setting: Setting, rounds: int, *, should_stop: Callable[[], bool] = lambda: False) -> Outcome | None:
         """Train for some rounds at a constant rate, look at the losses, go back; None if stopped before the end.
@@ -129,13 +129,13 @@ class Sweep(Generic[Item]):
             if should_stop():
                 return None
             result = self._engine.contribute(RoundNumber(number), slot=SLOT, scale=scale, count=self.probes)
-            alpha = codec.step_size(spec.step, number, scale, result.codes, 0)
+            alpha = stepping.step_size(spec.step, number, scale, result.codes, 0)
             apply_update(
                 self._weights, self._manifest, family=spec.perturbation.family, run_key=spec.run_key, round=number,
                 slots=[SLOT], counts=[len(result.codes)], codes=result.codes, alpha=float(alpha),
             )  # fmt: skip
             self._on_update()
-            scale = float(codec.next_scale(scale, result.codes))
+            scale = stepping.next_scale(scale, result.codes)
             sealed.append(result.codes)
             done = number + 1
             first = result.loss if number == 0 else first
@@ -184,7 +184,7 @@ def _outcome(
     codes: NDArray[np.int8],
     held_out: tuple[float | None, float | None],
 ) -> Outcome:
-    valid = codes[codes != codec.VOID].astype(np.float64)
+    valid = codes[codes != stepping.VOID].astype(np.float64)
     moved = after - before
     with np.errstate(invalid="ignore"):
         error = float(moved.std(ddof=1) / math.sqrt(len(moved))) if len(moved) > 1 else 0.0
@@ -196,7 +196,7 @@ def _outcome(
         error=error if math.isfinite(error) else 0.0,
         held_out_before=held_out[0],
         held_out_after=held_out[1],
-        clipped=float(np.mean(np.abs(valid) == codec.CODE_MAX)) if valid.size else 0.0,
+        clipped=float(np.mean(np.abs(valid) == stepping.CODE_MAX)) if valid.size else 0.0,
         rms=math.sqrt(float(np.mean(valid**2))) if valid.size else 0.0,
         void=1 - len(valid) / len(codes),
         seconds=0.0,

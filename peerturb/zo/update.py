@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from peerturb import codec, rng
+from peerturb import codec, rng, stepping
 from peerturb.errors import LogError, ModelError
 from peerturb.limits import PROBES_PER_UPDATE_MAX
 from peerturb.manifest import Manifest, Parameter
@@ -59,7 +59,7 @@ def apply_update(
     """
     check_weights(weights, manifest)
     keys, samples = _expand(slots, counts, len(codes))
-    if not (0.0 <= alpha <= codec.STEP_MAX and float(np.float32(alpha)) == alpha):
+    if not (0.0 <= alpha <= stepping.STEP_MAX and float(np.float32(alpha)) == alpha):
         raise LogError(f"the step size of round {round} is {alpha!r}; it must be an f32 between 0 and 2**64")
     factors = codec.decode(codes)
     for chunk, start in enumerate(range(0, len(factors), PROBES_PER_UPDATE_MAX)):

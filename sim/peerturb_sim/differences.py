@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from peerturb.codec import VOID
 from peerturb.ids import Slot, short_hex
 from peerturb.protocol.records import (
     Evaluated,
@@ -20,6 +19,7 @@ from peerturb.protocol.records import (
     RunFinished,
     RunStarted,
 )
+from peerturb.stepping import VOID
 
 FIELDS: dict[type[Record], tuple[str, ...]] = {
     RunStarted: ("spec",),

@@ -3,7 +3,7 @@
 import random
 from dataclasses import replace
 
-from peerturb import codec
+from peerturb import codec, stepping
 from peerturb.ids import RoundNumber
 from peerturb.protocol.messages import Contribution
 from peerturb_sim.scenario import Lie
@@ -31,7 +31,7 @@ class Liar:
                 flipped = codec.decode(honest.codes)
                 return replace(honest, codes=(-flipped).tobytes())
             case "extreme":
-                extreme = (codec.CODE_MAX, 256 - codec.CODE_MAX)
+                extreme = (stepping.CODE_MAX, 256 - stepping.CODE_MAX)
                 return replace(honest, codes=bytes(self._draws.choice(extreme) for _ in honest.codes))
             case "replayed":
                 return honest if last is None else replace(honest, codes=last.codes, loss=last.loss)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from peerturb import codec, mixing, rng
+from peerturb import codec, mixing, rng, stepping
 from peerturb.manifest import Parameter
 from peerturb.plateau import Plateau
 from peerturb.spec import StepSpec
@@ -111,8 +111,8 @@ def test_code(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", VECTORS["scales"])
 def test_scale_rule(case: dict[str, Any]) -> None:
     codes = np.array(case["codes"], np.int8)
-    assert float(codec.next_scale(case["scale"], codes)) == case["next"]
-    assert float(codec.next_scale(case["scale"], codes.tobytes())) == case["next"]
+    assert float(stepping.next_scale(case["scale"], codes)) == case["next"]
+    assert float(stepping.next_scale(case["scale"], codes.tobytes())) == case["next"]
 
 
 @pytest.mark.parametrize("case", VECTORS["steps"])
@@ -120,7 +120,7 @@ def test_step_size(case: dict[str, Any]) -> None:
     step = StepSpec.model_validate(
         {key: case[key] for key in ("rule", "schedule", "warmup_rounds", "final_fraction", "learning_rate")}
     )
-    alpha = codec.step_size(step, case["round"], case["scale"], np.array(case["codes"], np.int8), case["total"])
+    alpha = stepping.step_size(step, case["round"], case["scale"], np.array(case["codes"], np.int8), case["total"])
     assert float(alpha) == case["alpha"]
 
 
@@ -135,7 +135,7 @@ def test_rounds_of_both_estimators(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", VECTORS["halves"])
 def test_a_part_of_the_step(case: dict[str, Any]) -> None:
     step = StepSpec.model_validate({key: case[key] for key in ("rule", "half_codes", "learning_rate")})
-    alpha = codec.step_size(step, 0, case["scale"], np.array(case["codes"], np.int8), 0)
+    alpha = stepping.step_size(step, 0, case["scale"], np.array(case["codes"], np.int8), 0)
     assert float(alpha) == case["alpha"]
 
 
@@ -146,7 +146,7 @@ def test_plateau_cuts(case: dict[str, Any]) -> None:
     plateau, alphas = Plateau(), []
     for round_ in range(len(case["alphas"])):
         codes = np.array(case["codes"], np.int8)
-        alpha = codec.step_size(step, round_, case["scale"], codes, 0, fraction=plateau.fraction)
+        alpha = stepping.step_size(step, round_, case["scale"], codes, 0, fraction=plateau.fraction)
         alphas.append(float(alpha))
         if round_ < len(case["losses"]):
             plateau.take(step, round_, float(case["losses"][round_]))

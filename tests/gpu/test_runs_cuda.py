@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from peerturb.codec import VOID
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import DType, Manifest
 from peerturb.protocol.ledger import step_size
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
+from peerturb.stepping import VOID
 from peerturb.zo.batch import Runner
 from peerturb.zo.data import Example
 from peerturb.zo.digest import run_digest, short_digest

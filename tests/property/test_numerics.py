@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerturb import codec
+from peerturb import codec, stepping
+from peerturb.floats import is_f32
 from peerturb.manifest import Parameter
 from peerturb.spec import StepSpec
 from peerturb.zo import gemm
@@ -17,7 +18,7 @@ from peerturb.zo.update import Family, apply_update
 
 U32 = st.integers(0, 2**32 - 1)
 CODES = st.lists(st.integers(-128, 127), max_size=64).map(lambda values: np.array(values, np.int8))
-SCALES = st.floats(codec.SCALE_MIN, codec.SCALE_MAX, width=32)
+SCALES = st.floats(stepping.SCALE_MIN, stepping.SCALE_MAX, width=32)
 
 
 @given(st.lists(st.floats(width=64), max_size=32), SCALES, st.data())
@@ -28,7 +29,7 @@ def test_codes_stay_in_range_and_near_the_quotient(values: list[float], scale: f
     for codes, reach in ((codec.encode(projected, scale), 0.5), (stochastic, 1.0)):
         for value, code in zip(values, codes.tolist(), strict=True):
             if not math.isfinite(value):
-                assert code == codec.VOID
+                assert code == stepping.VOID
             elif abs(value) >= 128 * scale:
                 assert code == math.copysign(127, value)
             else:
@@ -37,10 +38,10 @@ def test_codes_stay_in_range_and_near_the_quotient(values: list[float], scale: f
 
 @given(SCALES, CODES)
 def test_next_scale_stays_in_bounds_and_never_jumps(scale: float, codes: np.ndarray) -> None:
-    following = float(codec.next_scale(scale, codes))
-    assert codec.SCALE_MIN <= following <= codec.SCALE_MAX
-    assert scale / 4 <= following <= scale * 2 or following in (codec.SCALE_MIN, codec.SCALE_MAX)
-    assert following == float(codec.next_scale(scale, codes[::-1]))
+    following = float(stepping.next_scale(scale, codes))
+    assert stepping.SCALE_MIN <= following <= stepping.SCALE_MAX
+    assert scale / 4 <= following <= scale * 2 or following in (stepping.SCALE_MIN, stepping.SCALE_MAX)
+    assert following == float(stepping.next_scale(scale, codes[::-1]))
 
 
 @given(
@@ -56,9 +57,9 @@ def test_step_size_is_always_an_f32_that_an_update_takes(
     scale: float, codes: np.ndarray, rule: str, schedule: str, round_: int, warmup: int, total: int
 ) -> None:
     step = StepSpec.model_validate({"rule": rule, "schedule": schedule, "warmup_rounds": warmup, "learning_rate": 1e3})
-    alpha = codec.step_size(step, round_, scale, codes, total)
-    assert isinstance(alpha, np.float32)
-    assert 0 <= alpha <= codec.STEP_MAX
+    alpha = stepping.step_size(step, round_, scale, codes, total)
+    assert is_f32(alpha)
+    assert 0 <= alpha <= stepping.STEP_MAX
 
 
 @settings(deadline=None, max_examples=40)

@@ -258,8 +258,8 @@ def test_only_runs_with_an_adapter_have_one_to_export(tmp_path: Path) -> None:
 
 
 def test_probes_of_an_adapter_lower_the_loss() -> None:
-    from peerturb.codec import step_size
     from peerturb.spec import RoundSpec, StepSpec
+    from peerturb.stepping import step_size
     from peerturb.zo.batch import Runner
     from peerturb.zo.objective import Objective
     from peerturb.zo.update import apply_update

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peerturb import codec
+from peerturb import stepping
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest, Parameter
 from peerturb.spec import ModelSpec, RunSpec
@@ -57,7 +57,7 @@ def _codes() -> NDArray[np.int8]:
 
 def _by_bytes(codes: NDArray[np.int8], scale: float) -> list[Tensor]:
     weights = _weights()
-    alpha = float(codec.step_size(SPEC.step, 5, scale, codes, 0))
+    alpha = float(stepping.step_size(SPEC.step, 5, scale, codes, 0))
     apply_update(
         weights, MANIFEST, family="rank1", run_key=SPEC.run_key, round=5, slots=(0, 1), counts=COUNTS, codes=codes,
         alpha=alpha,
@@ -90,7 +90,7 @@ def test_multiples_of_a_power_of_two_give_the_same_bits_either_way() -> None:
 def test_void_probes_count_for_nothing_either_way() -> None:
     codes, scale = _codes(), 0.5
     gradients = codes.astype(np.float32) * np.float32(scale)
-    codes[[3, 25]] = codec.VOID
+    codes[[3, 25]] = stepping.VOID
     gradients[[3, 25]] = np.nan, np.inf
     assert _are_equal(_by_bytes(codes, scale), _by_floats(gradients))
 
@@ -144,7 +144,7 @@ class _Quantised:
         if self.as_floats:
             apply_floats(round, counts, sealed.astype(np.float32) * np.float32(0.25))
             return
-        alpha = float(codec.step_size(round.spec.step, round.number, 0.25, sealed, 0))
+        alpha = float(stepping.step_size(round.spec.step, round.number, 0.25, sealed, 0))
         apply_update(
             round.weights, round.manifest, family="rank1", run_key=round.spec.run_key, round=round.number,
             slots=range(len(counts)), counts=counts, codes=sealed, alpha=alpha,

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peerturb.codec import VOID, encode
+from peerturb.codec import encode
 from peerturb.errors import DataError, ModelError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.spec import AdapterSpec, ModelSpec
+from peerturb.stepping import VOID
 from peerturb.zo import gradients
 from peerturb.zo.adapters import attach_adapter
 from peerturb.zo.batch import Runner

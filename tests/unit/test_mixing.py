@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from peerturb import codec, mixing
+from peerturb import codec, mixing, stepping
 from peerturb.errors import LogError
 from peerturb.spec import RunSpec, StepSpec
 
@@ -49,11 +49,11 @@ def test_very_noisy_codes_stay_above_their_rounding() -> None:
 
 def test_an_estimator_nobody_uses_follows_the_other() -> None:
     codes = gaussian(7.0, 0.5, 300, 1)
-    alone = codec.next_scale(0.5, codes)
+    alone = stepping.next_scale(0.5, codes)
     assert mixing.next_scales((0.5, 0.5), (codes, b"")) == (alone, alone)
-    assert mixing.next_scales((0.5, 0.25), (b"", b"\x80")) == (np.float32(0.5), np.float32(0.25))
+    assert mixing.next_scales((0.5, 0.25), (b"", b"\x80")) == (0.5, 0.25)
     # So a mixed run in which only one kind is there is a run of that kind.
-    assert mixing.mixed_step_size(STEP, 3, (0.5, 0.5), (codes, b""), 0) == codec.step_size(STEP, 3, 0.5, codes, 0)
+    assert mixing.mixed_step_size(STEP, 3, (0.5, 0.5), (codes, b""), 0) == stepping.step_size(STEP, 3, 0.5, codes, 0)
 
 
 def weighted(parts: list[tuple[NDArray[np.float64], NDArray[np.float64]]], weights: list[float]) -> NDArray[np.float64]:
@@ -105,7 +105,7 @@ def test_a_noisy_crowd_does_not_shorten_the_step() -> None:
 
 def test_codes_by_the_thousand_make_full_steps() -> None:
     codes = gaussian(3.0, 3.0 / 32, 16_384, 1)
-    parts = {n: float(codec.step_size(STEP, 0, 0.1, codes[:n], 0)) * n for n in (16, 512, 16_384)}
+    parts = {n: float(stepping.step_size(STEP, 0, 0.1, codes[:n], 0)) * n for n in (16, 512, 16_384)}
     rms = {n: math.sqrt(np.mean(codec.decode(codes[:n]).astype(float) ** 2)) for n in parts}
     for n, moved in parts.items():
         assert moved == pytest.approx(0.02 * n / (n + 512) / rms[n], rel=1e-6)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerturb import codec
+from peerturb import stepping
 from peerturb.errors import SpecError
 from peerturb.plateau import Plateau
 from peerturb.protocol.ledger import IllegalRecordError, Ledger
@@ -97,7 +97,7 @@ def test_the_rate_only_falls_and_says_the_same_for_every_way_of_reading_the_log(
     assert all(after - before >= patience * window for before, after in pairwise(changes))
     for round_, fraction in enumerate(seen):
         if round_ >= warmup:
-            assert codec.learning_rate(step, round_, 0, fraction=fraction) == step.learning_rate * fraction
+            assert stepping.learning_rate(step, round_, 0, fraction=fraction) == step.learning_rate * fraction
 
 
 # --- RunSpec --------------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from peerturb.codec import VOID, encode
+from peerturb.codec import encode
 from peerturb.errors import DataError, ModelError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Parameter
+from peerturb.stepping import VOID
 from peerturb.zo import room
 from peerturb.zo.batch import Runner
 from peerturb.zo.data import Example

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peerturb import codec
+from peerturb import stepping
 from peerturb.ids import RoundNumber
 from peerturb.spec import ModelSpec, RunSpec
 from peerturb.zo.batch import Runner
@@ -78,12 +78,12 @@ def trained(made: Fixture, spec: RunSpec, rounds: int, scale: float) -> tuple[li
     every = []
     for number in range(rounds):
         codes = engine.contribute(RoundNumber(number), slot=SLOT, scale=scale).codes
-        alpha = codec.step_size(spec.step, number, scale, codes, 0)
+        alpha = stepping.step_size(spec.step, number, scale, codes, 0)
         apply_update(
             made.weights, made.manifest, family="rank1", run_key=spec.run_key, round=number, slots=[0],
             counts=[len(codes)], codes=codes, alpha=float(alpha),
         )  # fmt: skip
-        scale = float(codec.next_scale(scale, codes))
+        scale = float(stepping.next_scale(scale, codes))
         every.append(codes)
     after = made.bits()
     for weight, old in zip(made.weights, before, strict=True):
@@ -127,7 +127,7 @@ def test_a_falling_schedule_is_left_out() -> None:
     spec["step"].update(schedule="plateau", warmup_rounds=5)
     made.spec = RunSpec.from_document(spec, source="x")
     step = made.sweep()._with(Setting(epsilon=1e-3, learning_rate=0.5)).step
-    assert codec.learning_rate(step, 0, 0) == codec.learning_rate(step, 50, 0) == 0.5
+    assert stepping.learning_rate(step, 0, 0) == stepping.learning_rate(step, 50, 0) == 0.5
 
 
 def test_a_rate_that_is_far_too_large_is_called_so_and_ends_early() -> None:

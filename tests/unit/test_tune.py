@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peerturb import cli, codec
+from peerturb import cli, stepping
 from peerturb.errors import ModelError, SpecError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.protocol.outputs import Measure
@@ -140,14 +140,14 @@ def test_it_measures_what_a_node_with_these_settings_does(run_file: Path, files:
         work = Measure(round=RoundNumber(number), scale=scale, count=spec.round.probes_max)
         measured = node.measure(work, Slot(0), lambda: False)
         codes = np.frombuffer(measured.codes, dtype=np.int8)
-        alpha = float(codec.step_size(spec.step, number, scale, codes, 0))
+        alpha = stepping.step_size(spec.step, number, scale, codes, 0)
         node.apply(
             RoundSealed(
                 round=work.round, alpha=alpha, loss=measured.loss, digest=0, slots=(Slot(0),), counts=(len(codes),),
                 codes=measured.codes,
             )
         )  # fmt: skip
-        scale = float(codec.next_scale(scale, codes))
+        scale = stepping.next_scale(scale, codes)
         sent.append(codes.astype(float))
     after = node.evaluate(lambda: False)
     assert before is not None
