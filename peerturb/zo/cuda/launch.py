@@ -25,6 +25,8 @@ TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 64, 128, 8
 compiler's report for sm_90); neighbouring tiles find their signs in the second-level cache."""
 TILE_DEPTH = 32
 """Probes of one step of the product, the least int8 units take."""
+TILE_DEPTH_MAX = 2**15
+"""Probes of which 127 each sum up to less than 2**22 (kernels._float_of)."""
 SIGN_PROBES, SIGN_BLOCKS = 32, 2
 """Probes and counters of a program that writes signs: 32 neighbouring bytes in either order of the output."""
 FLAT_ELEMENTS = 2048
@@ -137,13 +139,15 @@ def rank1_update(
     Args:
         flat: The whole tensor, f32 or bf16, one-dimensional, contiguous.
         first: Index of the first element concerned.
-        left: int8[rows, depth], contiguous, codes times signs; depth is a multiple of TILE_DEPTH.
+        left: int8[rows, depth], contiguous, codes times signs; depth is a multiple of TILE_DEPTH, at most
+            TILE_DEPTH_MAX.
         right: int8[columns, depth], contiguous, signs.
         probes: Gives round and run key.
         scale, noise_stream, chunk: As above.
     """
     (rows, depth), columns = left.shape, right.shape[0]
     assert depth % TILE_DEPTH == 0
+    assert depth <= TILE_DEPTH_MAX
     assert left.is_contiguous()
     assert right.is_contiguous()
     height = _GRID_SECOND_MAX * TILE_ROWS
@@ -161,7 +165,7 @@ def subtract(
     flat: Tensor, first: int, total: Tensor, scale: float, noise_stream: int, chunk: int, round: int, run_key: int
 ) -> None:
     """Subtract f32(scale * U) from elements first.. of a whole tensor, in place; U in int32 or exact f32."""
-    sums = total.reshape(-1)
+    sums = total.reshape(-1).contiguous()  # of a single column a view with gaps
     if len(sums) == 0:
         return
     _launch(
