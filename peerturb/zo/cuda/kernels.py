@@ -33,6 +33,11 @@ _FLUSH = tl.constexpr(256)
 
 
 @jit
+def _plus(a, b):  # type: ignore[no-untyped-def]
+    return a + b
+
+
+@jit
 def _word(value):  # type: ignore[no-untyped-def]
     """Take an int32 argument's bits as an unsigned word."""
     return value.to(tl.uint32, bitcast=True)
@@ -321,6 +326,34 @@ def rank1_update(  # type: ignore[no-untyped-def]
 
 
 @kernel("first", "stop", "scale", "noise_stream", "chunk", "round", "run_key")
+def vector_update(  # type: ignore[no-untyped-def]
+    weights, first, stop, left, depth, scale, noise_stream, chunk, round, run_key,
+    IS_BFLOAT16: tl.constexpr, ELEMENTS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Subtract the steps of U, the sum over each row of `left`, from elements first..stop of a vector.
+
+    Args:
+        left: int8[stop - first, depth], codes times signs, contiguous; depth is a multiple of DEPTH, at most 2**15.
+    """
+    eights: tl.constexpr = ELEMENTS // 8
+    origin = (first // 8) * 8 + tl.program_id(0) * ELEMENTS
+    element = origin + tl.arange(0, ELEMENTS)
+    mask = (element >= first) & (element < stop)
+    signs = left + (element - first).to(tl.int64)[:, None] * depth + tl.arange(0, DEPTH)[None, :]
+    partial = tl.full([ELEMENTS, DEPTH], 0, tl.int32)
+    for start in range(0, depth, DEPTH):
+        partial += tl.load(signs + start, mask=mask[:, None], other=0).to(tl.int32)
+    total = _float_of(tl.reduce(partial, 1, _plus))[None, :]
+    element, mask = element[None, :], mask[None, :]
+    if IS_BFLOAT16:
+        block = ((origin >> 3) + tl.arange(0, eights))[None, :].to(tl.uint32)
+        noise = _noise(block, _word(noise_stream), _word(chunk), _word(round), _word(run_key), 1, eights)
+        _subtract_bfloat16(weights + element, mask, total, scale, noise)
+    else:
+        _subtract_float32(weights + element, mask, total, scale)
+
+
+@kernel("first", "stop", "scale", "noise_stream", "chunk", "round", "run_key")
 def subtract(  # type: ignore[no-untyped-def]
     weights, first, stop, total, scale, noise_stream, chunk, round, run_key,
     IS_BFLOAT16: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -338,11 +371,6 @@ def subtract(  # type: ignore[no-untyped-def]
         _subtract_bfloat16(weights + element, mask, sums, scale, noise)
     else:
         _subtract_float32(weights + element, mask, sums, scale)
-
-
-@jit
-def _plus(a, b):  # type: ignore[no-untyped-def]
-    return a + b
 
 
 @kernel("elements", "out")

@@ -31,6 +31,8 @@ SIGN_PROBES, SIGN_BLOCKS = 32, 2
 """Probes and counters of a program that writes signs: 32 neighbouring bytes in either order of the output."""
 FLAT_ELEMENTS = 2048
 """Elements of a program that subtracts given sums: 16 a thread, whose noise takes two counters."""
+VECTOR_ELEMENTS = 64
+"""Elements of a vector's program: 16 sums a thread on their way."""
 DIGEST_ELEMENTS, DIGEST_STEPS = 1024, 16
 """Elements of one step of a digest's program, and steps: one atomic addition for 16 Ki elements."""
 _GRID_SECOND_MAX = 65_535
@@ -158,6 +160,27 @@ def rank1_update(
             len(part), columns, part, right, depth, scale, _signed(noise_stream), _signed(chunk), probes.round,
             probes.run_key, IS_BFLOAT16=_is_bfloat16(flat), IS_ALIGNED=start % 8 == 0 and columns % 8 == 0,
             ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, DEPTH=TILE_DEPTH, num_warps=TILE_WARPS,
+        )  # fmt: skip
+
+
+def vector_update(
+    flat: Tensor, first: int, left: Tensor, probes: ProbeTable, scale: float, noise_stream: int, chunk: int
+) -> None:
+    """Subtract f32(scale * U), U = the sum over each row of `left`, from elements of a vector, in place.
+
+    Args:
+        flat, first, probes, scale, noise_stream, chunk: As above; a vector has fewer than 2**31 elements.
+        left: int8[elements, depth], contiguous, codes times signs; depth as above.
+    """
+    elements, depth = left.shape
+    assert left.is_contiguous()
+    assert depth % TILE_DEPTH == 0
+    assert depth <= TILE_DEPTH_MAX
+    if elements:
+        _launch(
+            kernels.vector_update, (_count(first % 8 + elements, VECTOR_ELEMENTS),), _bits(flat), first,
+            first + elements, left, depth, scale, _signed(noise_stream), _signed(chunk), probes.round, probes.run_key,
+            IS_BFLOAT16=_is_bfloat16(flat), ELEMENTS=VECTOR_ELEMENTS, DEPTH=TILE_DEPTH,
         )  # fmt: skip
 
 
