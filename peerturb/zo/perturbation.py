@@ -43,6 +43,11 @@ class Signs(Protocol):
 class PagedFactors(Signs, Protocol):
     """Signs of `rank1` of which several parameters' are made at once (`peerturb.zo.factors`)."""
 
+    @property
+    def page_count(self) -> int:
+        """How many pages there are."""
+        ...
+
     def page(self, number: int) -> Tensor:
         """Return a page: [probes, width]."""
         ...

@@ -1,0 +1,74 @@
+"""Recorded forwards on a card give what forwards as they are give, whatever is copied into them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from peerturb.ids import RoundNumber, Slot
+from peerturb.zo.batch import Runner
+from peerturb.zo.data import Example
+from peerturb.zo.model import build_manifest
+from peerturb.zo.objective import Objective, TokenSequence
+from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.recorded import SEEN_BEFORE
+from tests.zo_models import byte_tokenizer, small_model, spec_of
+
+pytestmark = pytest.mark.gpu
+TEXTS = ["hello there", "to be or not", "abc", "the quick brown", "fox", "jumps over", "a lazy dog"]
+SLOT = Slot(2)
+
+
+def engine_of(name: str, dtype: torch.dtype) -> ProbeEngine[TokenSequence]:
+    spec = spec_of(family="rank1")
+    model: Any = small_model(name, dtype=dtype)
+    manifest = build_manifest(model, spec.model)
+    objective = Objective.of(spec.objective, model, byte_tokenizer())
+    items = objective.encode([Example(prompt=text, label="", where="x") for text in TEXTS], source="x")
+    return ProbeEngine(Runner(model.to("cuda"), manifest, objective), spec, items)
+
+
+def runner_of(engine: ProbeEngine[TokenSequence]) -> Runner:
+    assert isinstance(engine.evaluator, Runner)
+    return engine.evaluator
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2", "opt"])
+def test_recordings_give_the_same_losses(name: str, dtype: torch.dtype) -> None:
+    recorded, plain = engine_of(name, dtype), engine_of(name, dtype)
+    recorder = runner_of(recorded).recorder
+    assert recorder is not None
+    runner_of(plain).recorder = None
+    for number in range(SEEN_BEFORE + 6):
+        round_number = RoundNumber(number % 3 + 5)  # the same shapes again, other signs
+        found, expected = recorded.measure(round_number, slot=SLOT), plain.measure(round_number, slot=SLOT)
+        np.testing.assert_array_equal(found.plus, expected.plus)
+        np.testing.assert_array_equal(found.reference, expected.reference)
+        with torch.no_grad():  # an update in place
+            for engine in (recorded, plain):
+                for _, weight in engine.evaluator.parameters:
+                    weight.add_(1e-3)
+    assert recorder.failure is None
+    assert recorder._recordings
+
+
+def test_a_forward_that_waits_for_the_card_is_not_recorded() -> None:
+    engine = engine_of("llama-tied", torch.float32)
+    runner = runner_of(engine)
+    assert runner.recorder is not None
+    forward = runner.model.forward
+
+    def waits(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        assert bool(result.logits.isfinite().all())
+        return result
+
+    runner.model.forward = waits
+    losses = [engine.measure(RoundNumber(5), slot=SLOT).plus for _ in range(SEEN_BEFORE + 3)]
+    assert runner.recorder.failure is not None
+    for found in losses[1:]:
+        np.testing.assert_array_equal(found, losses[0])
+    runner.model.forward = forward
+    np.testing.assert_array_equal(engine.measure(RoundNumber(5), slot=SLOT).plus, losses[0])
