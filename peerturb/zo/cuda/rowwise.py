@@ -12,8 +12,9 @@ from torch import Tensor
 from peerturb.zo.cuda import rowwise_kernels as kernels
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-LINEAR_ROWS, LINEAR_COLUMNS, LINEAR_WARPS = 8, 512, 4
-"""Tile of a product's correction: 32 values a thread on their way at once, enough to keep the memory busy."""
+LINEAR_TILES: Final = ((2_048, (4, 1_024, 4)), (0, (2, 512, 2)))
+"""Fewest columns -> rows, columns and warps of a product's correction, the fastest of twelve on an H200 (docs/LOG.md):
+16 or 32 values a thread on their way at once; more rows of short ones only wait for each other."""
 AFFINE_ELEMENTS = 4096
 """Elements of a norm's program, at least one row."""
 COLUMNS_MAX = 65_536
@@ -39,13 +40,14 @@ def add_linear(
     out, per_side = y.shape[2], rows // sides
     if x.numel() == 0 or out == 0:
         return
+    height, width, warps = next(tile for least, tile in LINEAR_TILES if min(columns, out) >= least)
     (left, left_next), (right, right_next) = _signs(a), _signs(b)
     added, added_next = (left, 0) if bias is None else _signs(bias)
     _launch(
-        kernels.add_linear, (-(-per_side // LINEAR_ROWS), probes * sides), x, y, left, right, added,
+        kernels.add_linear, (-(-per_side // height), probes * sides), x, y, left, right, added,
         x if shift is None else shift, rows, per_side, sides, columns, out, left_next, right_next, added_next, step,
-        bias_step, HAS_BIAS=bias is not None, HAS_SHIFT=shift is not None, ROWS=LINEAR_ROWS, COLUMNS=LINEAR_COLUMNS,
-        num_warps=LINEAR_WARPS,
+        bias_step, HAS_BIAS=bias is not None, HAS_SHIFT=shift is not None, ROWS=height, COLUMNS=width,
+        num_warps=warps,
     )  # fmt: skip
 
 
