@@ -77,7 +77,7 @@ def _introduce(server: Server) -> None:
     print(
         f"Run {known['run']} {begun} on {known['address']} ({'TLS' if known['tls'] else 'plaintext'}).\n"
         f"RunSpec digest {known['run_digest']}\n"
-        f"Peers join with\n\n  {known['join']}\n\n"
+        f"Peers join with\n\n  {server.join_command}\n\n"
         + (f"Live page http://{known['http']}/\n" if known["http"] else "")
         + "Ctrl-C stops in order; the run can go on later.\n",
         flush=True,

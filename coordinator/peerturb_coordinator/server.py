@@ -107,7 +107,7 @@ class Server:
 
     @property
     def introduction(self) -> dict[str, object]:
-        """What a person or script needs to know once the server has started, as JSON values."""
+        """What a script needs to know once the server has started, as JSON values; logs keep it, so there is no token."""
         return {
             "address": self.address,
             "run": self.spec.name,
@@ -116,7 +116,7 @@ class Server:
             "records": self.store.head,
             "tls": bool(self._fingerprint),
             "fingerprint": self._fingerprint,
-            "join": self.join_command,
+            "join": self._join_command(""),
             "http": "" if self._monitor is None else self._monitor.address,
         }
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,13 @@ class Program:
     """One process that prints JSON lines."""
 
     def __init__(
-        self, arguments: list[str], *, folder: Path, label: str, entry: Sequence[str] = ("-m", "peerturb.cli")
+        self,
+        arguments: list[str],
+        *,
+        folder: Path,
+        label: str,
+        entry: Sequence[str] = ("-m", "peerturb.cli"),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.label = label
         self.arguments = arguments
@@ -68,6 +74,7 @@ class Program:
         self.errors_path = folder / f"{label}.stderr"
         self._news = threading.Condition()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        environment |= variables or {}
         with self.errors_path.open("ab") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, *entry, *arguments],
@@ -144,6 +151,21 @@ class Program:
         return code
 
 
+def run_command(
+    *arguments: str, timeout_s: float = 120.0, folder: Path | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run `peerturb` to its end, in `folder` or where the tests run."""
+    return subprocess.run(
+        [sys.executable, "-m", "peerturb.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+    )
+
+
 class Network:
     """A coordinator and its nodes in one folder."""
 
@@ -188,15 +210,7 @@ class Network:
         self, *arguments: str, timeout_s: float = 120.0, folder: Path | None = None
     ) -> "subprocess.CompletedProcess[str]":
         """Run a command to its end, in `folder` or where the tests run."""
-        return subprocess.run(
-            [sys.executable, "-m", "peerturb.cli", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-            cwd=folder,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
-        )
+        return run_command(*arguments, timeout_s=timeout_s, folder=folder)
 
     def export_log(self) -> Path:
         """Return the stopped coordinator's log as a file."""
