@@ -15,7 +15,7 @@ from peerturb.runlog.verify import verify
 from tests.deploy.reading import health_path
 from tests.integration.deployed import MODEL, Site, site
 from tests.integration.network import Program, run_command
-from tests.integration.scraping import get, until
+from tests.integration.scraping import get, scrape, until
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -33,6 +33,9 @@ def test_what_is_deployed_survives_kills_and_stops_in_order(way: str, tmp_path: 
         for node in nodes.values():
             node.wait_for_round(3, timeout_s=STARTS_S)
         _answer_to_probes(here)
+        if way != "kubernetes":  # of the example, --eval comes with a patch
+            figures = scrape(f"127.0.0.1:{here.http}")
+            assert 0 < figures['peerturb_eval{metric="accuracy"}'] <= 1
 
         coordinator.kill()
         seen = max(max(node.digests()) for node in nodes.values())
