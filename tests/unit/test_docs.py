@@ -19,7 +19,7 @@ from peerturb_coordinator.settings import CoordinatorSettings
 from peerturb_node.settings import NodeSettings
 from tests.conftest import REPOSITORY
 
-PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "deploy" / "README.md"])
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 FOLDERS = sorted(path.name for path in REPOSITORY.iterdir() if path.is_dir() and not path.name.startswith("."))
