@@ -71,7 +71,7 @@ def test_every_manifest_fits_its_schema(path: Path) -> None:
 
 
 def test_a_wrong_field_would_be_found() -> None:
-    (document,) = manifests(KUBERNETES / "example" / "namespace.yaml")
+    (document,) = manifests(KUBERNETES / "namespace.yaml")
     with pytest.raises(kubernetes_validate.ValidationError):
         check(document | {"speck": {}})
     (document, *_) = manifests(KUBERNETES / "components" / "monitoring" / "monitors.yaml")
@@ -174,8 +174,9 @@ def test_the_example_builds_and_hangs_together(copy: Path) -> None:
     (inputs,) = [volume for volume in node["volumes"] if volume["name"] == "inputs"]
     assert inputs == {"name": "inputs", "emptyDir": {}}
     assert "coordinator.key" not in yaml.safe_dump(node), "the key stays with the coordinator"
-    (namespace,) = {found["metadata"].get("namespace") for (kind, _), found in objects.items() if kind != "Namespace"}
-    assert ("Namespace", namespace) in objects
+    (namespace,) = manifests(KUBERNETES / "namespace.yaml")
+    assert {found["metadata"]["namespace"] for found in objects.values()} == {namespace["metadata"]["name"]}
+    assert "Namespace" not in {kind for kind, _ in objects}, "deleting the example would delete the log"
 
 
 def test_without_keys_or_run_nothing_is_built(copy: Path) -> None:
