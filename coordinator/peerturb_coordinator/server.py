@@ -107,7 +107,7 @@ class Server:
 
     @property
     def introduction(self) -> dict[str, object]:
-        """What a script needs to know once the server has started, as JSON values; logs keep it, so there is no token."""
+        """What a script needs to know of a started server, as JSON values. Logs keep it, so the token is not in it."""
         return {
             "address": self.address,
             "run": self.spec.name,
