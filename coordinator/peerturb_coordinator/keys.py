@@ -92,6 +92,28 @@ def make_keys(folder: Path, hosts: Sequence[str], *, replace: bool = False) -> K
     )
 
 
+def ready_keys(folder: Path, hosts: Sequence[str]) -> Path:
+    """Make keys in `folder` unless some are there; return the file of the join token.
+
+    Args:
+        folder: one that `make_keys` fills, or has filled.
+        hosts: for the certificate, if it is made now.
+
+    Raises:
+        SpecError: the folder cannot be written, or has only some of the files.
+    """
+    paths = [folder / name for name in (CERTIFICATE_FILE, KEY_FILE, TOKEN_FILE)]
+    missing = [path.name for path in paths if not path.exists()]
+    if len(missing) == len(paths):
+        return make_keys(folder, hosts).token_file
+    if missing:
+        raise SpecError(
+            f"{folder} has no {' and no '.join(missing)}; bring it back from a copy, or make all anew with "
+            f"`peerturb coordinator keys --out {folder} --replace` (volunteers then need a new join command)"
+        )
+    return folder / TOKEN_FILE
+
+
 def load_tls(folder: Path) -> TlsFiles:
     """Read certificate and key from `folder`.
 
