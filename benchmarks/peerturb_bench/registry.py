@@ -46,6 +46,9 @@ BENCHMARKS = {
         summary="Rounds to a held-out loss for 1 to 256 simulated peers; ideal: n peers, an nth of the rounds.",
         is_drawn=True,
     ),
+    "tuning": Benchmark(
+        summary="What rate, epsilon, probes, examples, rule and schedule do to the held-out loss.", is_drawn=True
+    ),
     "sim": Benchmark(summary="What simulating 256 peers of a real model spends its time on, on Ray and in process."),
     "wire": Benchmark(summary="Bytes on the socket for each code, up and down, with all framing."),
     "overhead": Benchmark(
