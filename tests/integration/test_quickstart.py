@@ -1,22 +1,11 @@
-"""A newcomer who types the quick start's commands, and only those, has two nodes training: at most five commands.
+"""A newcomer who types the quick start's commands, and only those, has two nodes training: at most five commands."""
 
-The two machines are two folders of this one: each has a clone (of links) and a home of its own. Only what a reader is
-told to replace is replaced: A's address and port, and the fingerprint and token that the coordinator prints.
-"""
-
-import contextlib
-import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -24,14 +13,12 @@ from peerturb.protocol.records import RoundSealed
 from peerturb.runlog.reader import read_records
 from scripts import setup
 from tests.conftest import REPOSITORY
+from tests.integration.newcomer import Machine, fill_in, free_port, join_line, two_machines, wait_for
 from tests.unit.test_docs import check_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
 
-Found = TypeVar("Found")
-
 PAGE = (REPOSITORY / "docs" / "quickstart.md").read_text(encoding="utf-8")
-PATIENCE_S = 200.0
 ROUNDS = 5
 """In which both nodes' measurements are, before the test believes that two nodes are training."""
 
@@ -54,92 +41,10 @@ def test_there_are_five_commands_at_most_and_no_others_on_the_page() -> None:
     assert {line for _, line in steps()} == {line for block in blocks for line in block.strip().splitlines()}
 
 
-class Machine:
-    """One of the two computers: a clone, a home, what runs there."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.clone = folder / name / "peerturb"
-        self.home = folder / name / "home"
-        self.home.mkdir(parents=True)
-        self.clone.mkdir()
-        for entry in REPOSITORY.iterdir():
-            if not entry.name.startswith(".") and entry.name not in ("peerturb-keys", "peerturb-coordinator"):
-                (self.clone / entry.name).symlink_to(entry)
-        programs = self.clone / ".venv" / "bin"
-        programs.mkdir(parents=True)
-        # What `make setup-node` leaves behind: the command, for the interpreter that runs this test.
-        (programs / "peerturb").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m peerturb.cli "$@"\n')
-        (programs / "peerturb").chmod(0o755)
-        self.outputs: list[Path] = []
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def type(self, line: str) -> Path:
-        """Run a command line in a shell, in a terminal of its own; return the file of what it prints."""
-        output = self.home / f"terminal-{len(self.outputs)}"
-        self.outputs.append(output)
-        path = os.pathsep.join([str(REPOSITORY / part) for part in (".", "node", "coordinator", "sim", "benchmarks")])
-        environment = os.environ | {
-            "HOME": str(self.home), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        with output.open("wb") as out:
-            process = subprocess.Popen(
-                ["sh", "-c", f"exec {line}"], cwd=self.clone, env=environment, stdout=out, stderr=subprocess.STDOUT
-            )
-        self.processes.append(process)
-        return output
-
-    def said(self) -> str:
-        """Return everything that its terminals show."""
-        return "\n".join(output.read_text(encoding="utf-8", errors="replace") for output in self.outputs)
-
-    def close(self) -> None:
-        """Press Ctrl-C in every terminal; kill what does not heed it."""
-        for process in self.processes:
-            process.send_signal(signal.SIGINT)
-        for process in self.processes:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-@contextlib.contextmanager
-def two_machines(folder: Path) -> Iterator[dict[str, Machine]]:
-    machines = {name: Machine(name, folder) for name in ("A", "B")}
-    try:
-        yield machines
-    finally:
-        for machine in machines.values():
-            machine.close()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def fill_in(line: str, *, port: int, join: str | None) -> str:
-    """Put in what the page says is the reader's own."""
-    line = line.replace("0.0.0.0:7470", f"127.0.0.1:{port}").replace("192.0.2.2:7470", f"127.0.0.1:{port}")
-    line = line.replace("192.0.2.2", "127.0.0.1")
-    if join is not None:
-        for flag in ("--fingerprint", "--token"):
-            ours = re.search(rf"{flag} (\S+)", join)
-            assert ours, f"the coordinator's line has no {flag}: {join}"
-            line = re.sub(rf"{flag} \S+\.\.\.\S+", f"{flag} {ours[1]}", line)
-    assert "..." not in line, f"nobody says what stands for the dots in {line}"
-    return line
-
-
 def install(line: str) -> None:
     """Run the command where it changes nothing: in a checkout whose environment, this test's, is up to date.
 
-    Elsewhere it would install gigabytes, or rewrite the environment under the tests: there make only says what it would.
+    Elsewhere it would install gigabytes, or rewrite the environment under the tests; make then only says what it would.
     """
     environment = REPOSITORY / ".venv"
     is_current = Path(sys.prefix) == environment and any(
@@ -159,12 +64,6 @@ def joined_rounds(machine: Machine) -> list[RoundSealed]:
 
 def has_joined_rounds(machine: Machine) -> bool | None:
     return len(joined_rounds(machine)) >= ROUNDS or None
-
-
-def join_line(machine: Machine) -> str | None:
-    """Return what the coordinator says that volunteers type, once it has."""
-    found = re.search(r"^ *(peerturb node run .*)\n", machine.said(), re.MULTILINE)
-    return found and found[1]
 
 
 def test_the_commands_of_the_quick_start_train_on_two_machines(tmp_path: Path) -> None:
@@ -190,14 +89,3 @@ def test_the_commands_of_the_quick_start_train_on_two_machines(tmp_path: Path) -
         digests = [dict(re.findall(r"^round +(\d+) .* digest (\w+)", m.said(), re.M)) for m in machines.values()]
         both = digests[0].keys() & digests[1].keys()
         assert all(digests[0][number] == digests[1][number] for number in both)
-
-
-def wait_for(look: Callable[[], Found | None], machine: Machine) -> Found:
-    """Return what a look finds at last; fail with what the machine's terminals show."""
-    end_s = time.monotonic() + PATIENCE_S
-    while (found := look()) is None:
-        ended = [process.returncode for process in machine.processes if process.poll() not in (None, 0)]
-        assert not ended, f"{machine.name}: a command ended with {ended}:\n{machine.said()[-3000:]}"
-        assert time.monotonic() < end_s, f"{machine.name} never got there:\n{machine.said()[-3000:]}"
-        time.sleep(0.2)
-    return found
