@@ -1,6 +1,6 @@
-"""What MkDocs calls while it builds the site: links that lead out of docs/ become plain text, as the site has no such page.
+"""What MkDocs calls while it builds the site: links that lead out of docs/ become plain text.
 
-In the repository they work; on the site they would be dead. Nothing else is changed.
+In the repository they work; the site has no such page, and they would be dead. Nothing else is changed.
 """
 
 import re

@@ -211,6 +211,8 @@ def draw(path: Path, curves: Mapping[Arm, Sequence[Curve]]) -> None:
     panels = []
     for group, title in GROUPS.items():
         arms = best_of(curves, group)
+        if not arms:
+            continue
         lines = [
             plots.Line(label=_label(arm), xs=curve.sequences, ys=curve.losses, colour=plots.SHADES[index])
             for index, arm in enumerate(arms)
@@ -218,7 +220,7 @@ def draw(path: Path, curves: Mapping[Arm, Sequence[Curve]]) -> None:
         ]
         starts = [curve.losses[0] for arm in arms for curve in curves[arm]]
         # What breaks a model leaves the picture at the top; the rest is to be told apart.
-        top = max(starts) + 0.25 if starts else None
+        top = max(starts) + 0.25
         panels.append(plots.Panel(title=title, x="sequences", y="held-out loss", lines=lines, has_legend=True, top=top))
     plots.curves(path, [panels[:3], panels[3:]])
 
