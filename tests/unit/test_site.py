@@ -1,13 +1,19 @@
 """The site of docs/ builds without a warning, holds every page, and asks nothing of anybody else."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from tests.browser import open_browser
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -52,6 +58,36 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
         text = sheet.read_text(encoding="utf-8")
         asked += re.findall(r"""(?:url\(|@import)\s*["']?(?:https?:)?//[^)"']*""", text)
     assert asked == []
+
+
+class _Silent(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: pytest shows it otherwise."""
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve a folder on loopback; give its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Silent, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_in_a_browser(site: Path, tmp_path: Path, width: int) -> None:
+    with served(site) as address, open_browser(tmp_path) as browser:
+        for page in ("index", "quickstart", "faq", "tuning"):
+            browser.requests()
+            browser.open(f"{address}/{page}.html", width=width)
+            asked = [url for url in browser.requests() if url.startswith(("http:", "https:"))]
+            assert asked, "the page itself"
+            assert all(url.startswith(address) for url in asked), "nothing from elsewhere"
+            assert browser.complaints() == []
+            overhang = browser.run("return document.documentElement.scrollWidth - innerWidth")
+            assert overhang <= 0, f"{page} is wider than a window of {width}"
 
 
 def test_links_out_of_the_folder_become_text(site: Path) -> None:
