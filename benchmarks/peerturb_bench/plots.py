@@ -64,8 +64,8 @@ class Panel:
     """Of x, written as plain numbers; by default matplotlib chooses."""
     has_legend: bool = False
     """Of its own, in place of the figure's: for panels whose lines are not those of the others."""
-    top: float | None = None
-    """Where y ends; by default matplotlib chooses."""
+    span: tuple[float, float] | None = None
+    """Of y; by default all that is drawn."""
 
 
 def bars(path: Path, items: Sequence[Bar], *, title: str, axis: str, is_log: bool = False) -> None:
@@ -147,8 +147,8 @@ def curves(path: Path, rows: Sequence[Sequence[Panel]]) -> None:
                 axes.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
                 axes.minorticks_off()
             axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
-            if panel.top is not None:
-                axes.set_ylim(top=panel.top)
+            if panel.span is not None:
+                axes.set_ylim(*panel.span)
             if panel.has_legend:
                 axes.legend(fontsize=8, framealpha=0.85)
             axes.grid(alpha=0.25)

@@ -64,9 +64,9 @@ def _schedule(schedule: str, rate: float) -> Arm:
     return Arm(group="schedule", label=f"{schedule}, {rate:g}", rate=rate, settings=settings)
 
 
-def _sizes(group: str, probes: int, examples: int) -> list[Arm]:
-    """Return arms at the rate in proportion to the probes, at a half, and at twice it."""
-    rates = [factor * RATE * probes / PROBES for factor in (0.5, 1, 2)]
+def _sizes(group: str, probes: int, examples: int, power: float) -> list[Arm]:
+    """Return arms at a rate that goes with a power of the probes, at a half, and at twice it."""
+    rates = [factor * RATE * (probes / PROBES) ** power for factor in (0.5, 1, 2)]
     label = f"{probes} × {examples}"
     return [Arm(group=group, label=label, rate=rate, probes=probes, examples=examples) for rate in rates]
 
@@ -88,8 +88,8 @@ ARMS = (
         Arm(group="epsilon", label=f"{epsilon:g}", settings=(("perturbation", "epsilon", epsilon),))
         for epsilon in (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
     ),
-    *(arm for probes in (16, 64, 256) for arm in _sizes("probes", probes, 1)),
-    *(arm for probes in (64, 16, 4) for arm in _sizes("examples", probes, PROBES // probes)),
+    *(arm for probes in (16, 64, 256) for arm in _sizes("probes", probes, 1, 1.0)),
+    *(arm for probes in (64, 16, 4) for arm in _sizes("examples", probes, PROBES // probes, 0.5)),
     *(_schedule(*arm) for arm in (("constant", 1.5e-2), ("linear", 1.5e-2), ("linear", 4.5e-2), ("plateau", 4.5e-2))),
 )
 
@@ -218,10 +218,13 @@ def draw(path: Path, curves: Mapping[Arm, Sequence[Curve]]) -> None:
             for index, arm in enumerate(arms)
             for curve in curves[arm]
         ]
-        starts = [curve.losses[0] for arm in arms for curve in curves[arm]]
         # What breaks a model leaves the picture at the top; the rest is to be told apart.
-        top = max(starts) + 0.25
-        panels.append(plots.Panel(title=title, x="sequences", y="held-out loss", lines=lines, has_legend=True, top=top))
+        start = max(curve.losses[0] for arm in arms for curve in curves[arm])
+        low = min(loss for arm in arms for curve in curves[arm] for loss in curve.losses if math.isfinite(loss))
+        span = (low - 0.1, start + 0.25)
+        panels.append(
+            plots.Panel(title=title, x="sequences", y="held-out loss", lines=lines, has_legend=True, span=span)
+        )
     plots.curves(path, [panels[:3], panels[3:]])
 
 
