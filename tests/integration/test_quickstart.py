@@ -23,14 +23,19 @@ ROUNDS = 5
 """In which both nodes' measurements are, before the test believes that two nodes are training."""
 
 
+def lines_of(block: str) -> list[str]:
+    """Return a block's command lines, continued ones joined."""
+    joined = re.sub(r" *\\\n *", " ", block)
+    return [line for line in joined.splitlines() if line and not line.startswith("#")]
+
+
 def steps() -> list[tuple[str, str]]:
     """Return (machine, command line) in the order of the page; a command for both machines counts twice."""
     found = []
     for heading, body in re.findall(r"^## (\d.*?)$(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL):
         machines = re.findall(r"\bOn ([AB])\b|\bon ([AB])\b", heading)
         for block in re.findall(r"^```sh\n(.*?)^```$", body, re.MULTILINE | re.DOTALL):
-            lines = [line for line in block.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
-            found += [(first or second, line) for line in lines for first, second in machines]
+            found += [(first or second, line) for line in lines_of(block) for first, second in machines]
     return found
 
 
@@ -38,9 +43,7 @@ def test_there_are_five_commands_at_most_and_no_others_on_the_page() -> None:
     assert 0 < len(steps()) <= 5
     assert {machine for machine, _ in steps()} == {"A", "B"}
     blocks = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert {line for _, line in steps()} == {
-        line for block in blocks for line in block.replace("\\\n", " ").strip().splitlines()
-    }
+    assert {line for _, line in steps()} == {line for block in blocks for line in lines_of(block)}
 
 
 def install(line: str) -> None:
