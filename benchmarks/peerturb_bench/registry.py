@@ -55,6 +55,8 @@ BENCHMARKS = {
         summary="Milliseconds a round costs when computing costs nothing: real processes, fsync included."
     ),
     "watch": Benchmark(summary="Milliseconds for which page and metrics hold a coordinator's event loop."),
+    "page": Benchmark(summary="Milliseconds until the live page of 1 000 peers is drawn in headless Chromium."),
+    "load": Benchmark(summary="Memory and processor of a coordinator with 64 peers at a round a second."),
     "join": Benchmark(summary="A peer that joins late: time until it trains, bytes it received."),
 }
 
