@@ -28,6 +28,8 @@ KINDS = {
     "disconnected": "why retry_ms",
     "refused": "code why",
     "notice": "code text",
+    "paused": "reason why",
+    "resumed": "why seconds",
     "rebuild": "why",
     "checkpoint": "round file",
     "export": "folder",
@@ -162,6 +164,10 @@ def sentence(event: Event) -> str:
             return f"refused ({event['code']}): {event['why']}"
         case "notice":
             return str(event["text"])
+        case "paused":
+            return f"paused: {event['why']}; the node goes on by itself"
+        case "resumed":
+            return f"resumed after {event['seconds']:.0f} s: {event['why']}"
         case "rebuild":
             return f"rebuilding the weights from the local log: {event['why']}"
         case "checkpoint":

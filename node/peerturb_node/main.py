@@ -13,6 +13,7 @@ from peerturb_node.client import Address, describe
 from peerturb_node.compute.base import Compute
 from peerturb_node.events import Events, JsonSink, PlainSink, Sink
 from peerturb_node.folder import StateFolder, set_aside
+from peerturb_node.idle.watch import watched
 from peerturb_node.local import open_log, restore
 from peerturb_node.session import Ended, Node
 from peerturb_node.settings import NodeSettings
@@ -135,7 +136,8 @@ async def _take_part(
                 signals.install()
             else:
                 signals.hand_on(node)
-            ended = await node.run()
+            async with watched(node, settings, compute, events):
+                ended = await node.run()
         finally:
             log.close()
         if ended.refusal is not RejectCode.LOG_DIVERGED or is_second or not log.ledger.position:

@@ -25,6 +25,7 @@ class Progress:
         self._probes_per_s = 0.0
         self._tokens_per_s = 0.0
         self._joined_s: float | None = None
+        self._paused_s: float | None = None
         self.codes_up = 0
         self.codes_down = 0
 
@@ -81,6 +82,17 @@ class Progress:
             bytes_up=self._traffic.up,
             bytes_down=self._traffic.down,
         )
+
+    def paused(self, reason: str, why: str) -> None:
+        """Other work has the machine."""
+        self._paused_s = self._now_s()
+        self._events.emit("paused", reason=reason, why=why)
+
+    def resumed(self, why: str) -> None:
+        """The machine is free again; no news to a node that does not rest."""
+        if self._paused_s is not None:
+            seconds, self._paused_s = self._now_s() - self._paused_s, None
+            self._events.emit("resumed", why=why, seconds=round(seconds, 3))
 
     def evaluated(self, rounds: int, result: HeldOut, seconds: float) -> None:
         """Held-out data were looked at."""

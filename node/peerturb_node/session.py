@@ -6,9 +6,9 @@ It holds no rules: who may speak when, what to measure, when to try again are th
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Any, assert_never
 
 import structlog
 
@@ -24,6 +24,7 @@ from peerturb.protocol.outputs import (
     Connect,
     Disconnect,
     Evaluate,
+    HangUp,
     Measure,
     Notice,
     PeerOutput,
@@ -31,7 +32,7 @@ from peerturb.protocol.outputs import (
     Say,
     Stop,
 )
-from peerturb.protocol.peer import PeerMachine
+from peerturb.protocol.peer import PeerMachine, Session
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
 from peerturb_node.checkpoints import Checkpoints
@@ -67,7 +68,22 @@ class _LeaveAsked:
     why: str
 
 
-_Input = LinkEvent | Done | Failed | _Tick | _LeaveAsked
+@dataclass(frozen=True, slots=True)
+class _PauseAsked:
+    """Other work wants the machine."""
+
+    reason: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class _ResumeAsked:
+    """The machine is free again."""
+
+    why: str
+
+
+_Input = LinkEvent | Done | Failed | _Tick | _LeaveAsked | _PauseAsked | _ResumeAsked
 
 
 class Node:
@@ -116,6 +132,7 @@ class Node:
         )
         self._checkpoints = Checkpoints(settings, log, compute, self._worker, events)
         self._link: Link | None = None
+        self._release: Callable[[], None] = getattr(compute, "release", lambda: None)  # of computes on tensors
         self._timer: asyncio.TimerHandle | None = None
         self._due_ms: int | None = None
         self._ended: Ended | None = None
@@ -125,6 +142,14 @@ class Node:
         """Say goodbye and end. Called on the event loop's thread."""
         self.is_leaving = True
         self._inbox.put_nowait(_LeaveAsked(why))
+
+    def pause(self, reason: str, why: str) -> None:
+        """Take no part until `resume`, without being missed. Called on the event loop's thread."""
+        self._inbox.put_nowait(_PauseAsked(reason, why))
+
+    def resume(self, why: str) -> None:
+        """Take part again after a `pause`. Called on the event loop's thread."""
+        self._inbox.put_nowait(_ResumeAsked(why))
 
     async def run(self) -> Ended:
         """Take part until the end; then write a checkpoint.
@@ -170,6 +195,15 @@ class Node:
             case _LeaveAsked(why=why):
                 self._logger.info("leaving", why=why)
                 self._perform(self._machine.leave())
+            case _PauseAsked(reason=reason, why=why):
+                outputs = self._machine.pause()
+                if self._machine.status.session is Session.PAUSED:
+                    self._progress.paused(reason, why)
+                self._perform(outputs)
+                self._chore(self._worker.call(self._release))
+            case _ResumeAsked(why=why):
+                self._progress.resumed(why)
+                self._perform(self._machine.resume(now_ms))
             case _:
                 assert_never(item)
 
@@ -269,6 +303,10 @@ class Node:
             case Disconnect(why=why):
                 self._events.emit("disconnected", why=why, retry_ms=None)
                 self._drop_link()
+            case HangUp():
+                if self._link is not None:
+                    self._chore(self._link.finish())
+                    self._link = None
             case Notice(code=code, text=text):
                 self._logger.info(text, code=code)
                 if code != "disconnected":  # told already, with the link's own words
@@ -296,10 +334,14 @@ class Node:
     def _drop_link(self) -> None:
         if self._link is None:
             return
-        task = asyncio.create_task(self._link.abort())
+        self._chore(self._link.abort())
+        self._link = None
+
+    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something beside the loop."""
+        task = asyncio.create_task(work)
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
-        self._link = None
 
     def _set_timer(self) -> None:
         """Keep exactly one timer, at the machine's deadline."""

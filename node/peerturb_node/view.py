@@ -54,6 +54,10 @@ class LiveSink:
                 self._state = "training"
             case "disconnected":
                 self._state = "disconnected"
+            case "paused":
+                self._state = f"paused, {event['why']}"
+            case "resumed":
+                self._state = "joining again"
             case "stop":
                 self._state = "stopped"
         line = sentence(event)

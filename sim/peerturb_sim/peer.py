@@ -19,6 +19,7 @@ from peerturb.protocol.outputs import (
     Connect,
     Disconnect,
     Evaluate,
+    HangUp,
     Measure,
     PeerOutput,
     Rebuild,
@@ -348,7 +349,7 @@ class Peer:
                 self._worker.cancel(round_)
             case Connect():
                 self.line = self.world.connect(self)
-            case Disconnect():
+            case Disconnect() | HangUp():
                 if (line := self.line) is not None:
                     self.line = None
                     self.world.closed_by_peer(line)

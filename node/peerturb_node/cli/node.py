@@ -76,6 +76,26 @@ def run(
     wait_s: Annotated[
         float | None, typer.Option(help="Seconds to try to reach the coordinator at start.", show_default="30")
     ] = None,
+    idle: Annotated[
+        bool | None,
+        typer.Option(
+            "--idle",
+            help="Give way: pause while other processes use the card (or the CPU), or on battery.",
+            show_default=False,
+        ),
+    ] = None,
+    idle_pause_percent: Annotated[
+        float | None, typer.Option(help="Use by others from which on it pauses.", show_default="20")
+    ] = None,
+    idle_resume_percent: Annotated[
+        float | None, typer.Option(help="Use by others up to which it goes on.", show_default="10")
+    ] = None,
+    idle_pause_s: Annotated[
+        float | None, typer.Option(help="Seconds over which the first is averaged.", show_default="10")
+    ] = None,
+    idle_resume_s: Annotated[
+        float | None, typer.Option(help="Seconds over which the second is averaged.", show_default="60")
+    ] = None,
     compute: Annotated[str | None, typer.Option(hidden=True, help="torch, toy or stub.")] = None,
     config: Annotated[
         Path | None, typer.Option(envvar="PEERTURB_NODE_CONFIG", help="TOML file with any of these settings.")
