@@ -163,13 +163,15 @@ def read_token(text: str) -> str:
     return token
 
 
-def join_command(address: str, *, fingerprint: str, token: str) -> str:
-    """Return the line a volunteer types."""
+def join_command(address: str, *, fingerprint: str, token: str, token_file: str = "") -> str:
+    """Return the line a volunteer types: with the token, or the name of a file that holds it."""
     words = ["peerturb", "node", "run", "--coordinator", address]
     if fingerprint:
         words += ["--fingerprint", fingerprint]
     if token:
         words += ["--token", token]
+    if token_file:
+        words += ["--token-file", token_file]
     return " ".join([*words, "--data", "FILE"])
 
 

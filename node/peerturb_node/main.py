@@ -27,6 +27,7 @@ def run_node(
     settings: NodeSettings,
     *,
     is_json: bool = False,
+    is_verbose: bool = False,
     stream: TextIO = sys.stdout,
     make_compute: MakeCompute | None = None,
 ) -> int:
@@ -35,13 +36,14 @@ def run_node(
     Args:
         settings: the node's.
         is_json: print events as JSON lines.
+        is_verbose: print details too.
         stream: where to print.
         make_compute: gives the compute for the run's RunSpec, instead of the settings' model and data.
 
     Raises:
         PeerturbError: what keeps the node from taking part; it has been told as an event, too.
     """
-    events = Events(_sink(is_json=is_json, stream=stream))
+    events = Events(_sink(is_json=is_json, least="debug" if is_verbose else "info", stream=stream))
     try:
         return asyncio.run(_monitored(settings, events, make_compute))
     except PeerturbError as error:
@@ -72,6 +74,7 @@ async def _run(settings: NodeSettings, events: Events, make_compute: MakeCompute
         )
         description = await describe(address, wait_s=settings.wait_s)
         spec = description.spec
+        events.bind(run=spec.name)
         events.emit(
             "start",
             version=peerturb.__version__,
@@ -190,13 +193,13 @@ def _make_compute(settings: NodeSettings, spec: RunSpec, events: Events) -> Comp
     return compute
 
 
-def _sink(*, is_json: bool, stream: TextIO) -> Sink:
+def _sink(*, is_json: bool, least: str, stream: TextIO) -> Sink:
     if is_json:
-        return JsonSink(stream)
+        return JsonSink(stream, least=least)
     if stream.isatty():
         from rich.console import Console
 
         from peerturb_node.view import LiveSink
 
-        return LiveSink(Console(file=stream))
-    return PlainSink(stream)
+        return LiveSink(Console(file=stream), least=least)
+    return PlainSink(stream, least=least)

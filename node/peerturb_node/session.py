@@ -10,8 +10,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-import structlog
-
 from peerturb.errors import RejectCode
 from peerturb.manifest import manifest_digest
 from peerturb.protocol import results
@@ -108,7 +106,6 @@ class Node:
         self.is_leaving = False
         self._address, self._spec, self._identity = address, spec, identity
         self._compute, self._log, self._events = compute, log, events
-        self._logger = structlog.get_logger("node").bind(run=spec.name, key=identity.short)
         self._machine = PeerMachine(
             spec,
             key=identity.public,
@@ -193,7 +190,7 @@ class Node:
                 self._due_ms = None
                 self._perform(())
             case _LeaveAsked(why=why):
-                self._logger.info("leaving", why=why)
+                self._events.emit("leaving", why=why)
                 self._perform(self._machine.leave())
             case _PauseAsked(reason=reason, why=why):
                 outputs = self._machine.pause()
@@ -220,9 +217,7 @@ class Node:
                 self._link = None
                 outputs = machine.disconnected(why, now_ms)
                 retry_ms = machine.deadline_ms()
-                self._events.emit(
-                    "disconnected", why=why, retry_ms=None if retry_ms is None else max(0, retry_ms - now_ms)
-                )
+                self._progress.disconnected(why, None if retry_ms is None else max(0, retry_ms - now_ms))
                 return outputs
             case Received(link=link, message=Challenge(nonce=nonce)):
                 signed = challenge_bytes(nonce=nonce, spec_digest=self._spec.digest, key=self._identity.public)
@@ -301,15 +296,15 @@ class Node:
                 self._events.emit("connecting", coordinator=self._address.target)
                 self._link = Link(self._address, self._traffic, self._deliver)
             case Disconnect(why=why):
-                self._events.emit("disconnected", why=why, retry_ms=None)
+                self._progress.disconnected(why, None)
                 self._drop_link()
             case HangUp():
                 if self._link is not None:
                     self._chore(self._link.finish())
                     self._link = None
             case Notice(code=code, text=text):
-                self._logger.info(text, code=code)
-                if code != "disconnected":  # told already, with the link's own words
+                # The others are told already: with the link's own words, and as the refusal it was.
+                if code != "disconnected" and not code.startswith("refused_"):
                     self._events.emit("notice", code=code, text=text)
             case Stop(code=code, why=why):
                 self._ended = Ended(refusal=code, why=why)

@@ -8,7 +8,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from peerturb_node.events import Event, number, sentence
+from peerturb.wire.logs import is_written
+from peerturb_node.events import Event, level, number, sentence
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_POINTS = 48
@@ -19,7 +20,9 @@ _REDRAWS_PER_S = 4
 class LiveSink:
     """Round, loss and accuracy, peers, speed and bytes, and the last few messages."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, least: str = "info") -> None:
+        """Begin to draw; messages below level `least` are not shown."""
+        self._least = least
         self._title = "peerturb node"
         self._state = "starting"
         self._round: Event = {}
@@ -60,7 +63,7 @@ class LiveSink:
                 self._state = "joining again"
             case "stop":
                 self._state = "stopped"
-        line = sentence(event)
+        line = sentence(event) if is_written(level(event), self._least) else ""
         if line:
             self._messages.append(line)
 

@@ -71,6 +71,8 @@ class Program:
         self.label = label
         self.arguments = arguments
         self.events: list[Event] = []
+        self.lines: list[str] = []
+        """Standard output as it came."""
         self.errors_path = folder / f"{label}.stderr"
         self._news = threading.Condition()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
@@ -91,6 +93,7 @@ class Program:
         with self.process.stdout as stdout:
             for line in stdout:
                 with self._news:
+                    self.lines.append(line)
                     # A killed process may leave half a line behind.
                     with contextlib.suppress(json.JSONDecodeError):
                         self.events.append(json.loads(line))
@@ -203,7 +206,7 @@ class Network:
     ) -> Program:
         """Start a node with its own state folder; `entry` is what Python runs with the command's arguments."""
         arguments = ["node", "run", "--coordinator", self.address, "--state", str(self.folder / name)]
-        arguments += ["--name", name, "--compute", compute, "--json", *extra]
+        arguments += ["--name", name, "--compute", compute, "--json", "--verbose", *extra]
         return self._start(arguments, name, entry)
 
     def run(

@@ -101,8 +101,10 @@ def run(
         Path | None, typer.Option(envvar="PEERTURB_NODE_CONFIG", help="TOML file with any of these settings.")
     ] = None,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print the merged settings and exit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for every event.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details on standard error.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line for every event; rounds at most once a second.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Details, too: measurements, every round.")] = False,
 ) -> None:
     """Join a run: hold a replica, measure probes on private data, apply what everybody measured.
 
@@ -124,9 +126,7 @@ def run(
         return
 
     from peerturb.zo.heap import keep_large_blocks
-    from peerturb_node.logs import configure
     from peerturb_node.main import run_node
 
     keep_large_blocks()
-    configure(is_json=as_json, is_verbose=verbose)
-    raise typer.Exit(run_node(settings, is_json=as_json, stream=sys.stdout))
+    raise typer.Exit(run_node(settings, is_json=as_json, is_verbose=verbose, stream=sys.stdout))
