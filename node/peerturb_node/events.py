@@ -17,7 +17,7 @@ Event = Mapping[str, Any]
 
 KINDS = {
     "monitor": "address",
-    "start": "version name key coordinator run spec state compute device",
+    "start": "version name key coordinator run spec rounds state compute device",
     "model": "parameters tensors dtype digest seconds quantised",
     "restored": "round position checkpoint",
     "connecting": "coordinator",

@@ -83,6 +83,7 @@ async def _run(settings: NodeSettings, events: Events, make_compute: MakeCompute
             coordinator=settings.coordinator,
             run=spec.name,
             spec=spec.digest.hex(),
+            rounds=spec.round.count,
             state=str(folder.path),
             compute="custom" if make_compute is not None else settings.compute,
             device=settings.device,

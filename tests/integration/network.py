@@ -155,9 +155,9 @@ class Program:
 
 
 def run_command(
-    *arguments: str, timeout_s: float = 120.0, folder: Path | None = None
+    *arguments: str, timeout_s: float = 120.0, folder: Path | None = None, columns: int = 200
 ) -> "subprocess.CompletedProcess[str]":
-    """Run `peerturb` to its end, in `folder` or where the tests run."""
+    """Run `peerturb` to its end, in `folder` or where the tests run, told that lines have so many columns."""
     return subprocess.run(
         [sys.executable, "-m", "peerturb.cli", *arguments],
         capture_output=True,
@@ -165,7 +165,7 @@ def run_command(
         timeout=timeout_s,
         check=False,
         cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": str(columns)},
     )
 
 
@@ -210,10 +210,10 @@ class Network:
         return self._start(arguments, name, entry)
 
     def run(
-        self, *arguments: str, timeout_s: float = 120.0, folder: Path | None = None
+        self, *arguments: str, timeout_s: float = 120.0, folder: Path | None = None, columns: int = 200
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command to its end, in `folder` or where the tests run."""
-        return run_command(*arguments, timeout_s=timeout_s, folder=folder)
+        """Run a command to its end; see `run_command`."""
+        return run_command(*arguments, timeout_s=timeout_s, folder=folder, columns=columns)
 
     def export_log(self) -> Path:
         """Return the stopped coordinator's log as a file."""
