@@ -25,6 +25,7 @@ class PtyProcess:
 
     def __init__(self, arguments: Sequence[str], *, folder: Path, columns: int = 120, rows: int = 40) -> None:
         self.shown = ""
+        self._seen = 0
         self._master, slave = pty.openpty()
         self.before = termios.tcgetattr(slave)
         self.resize(columns, rows)
@@ -71,8 +72,6 @@ class PtyProcess:
         self._seen += found.end()
         return text
 
-    _seen = 0
-
     def end(self, *, timeout_s: float = 60.0) -> int:
         """Read to the end; return the exit code."""
         end_s = time.monotonic() + timeout_s
@@ -91,10 +90,6 @@ class PtyProcess:
     def settings(self) -> list[object]:
         """The terminal's settings now, to compare with `before`."""
         return termios.tcgetattr(self._slave)
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self.process.send_signal(signal.SIGKILL)
 
     def _read(self, timeout_s: float) -> bool:
         """Take in what there is; False if nothing came."""
