@@ -71,17 +71,13 @@ async def _serve(
 
 
 def _introduce(server: Server) -> None:
-    """Print what a person must know; the join command stands on a line of its own, to be copied.
-
-    Elsewhere than on a terminal the lines are kept, by a service manager for instance: the token is not among them.
-    """
+    """Print what a person must know; the join command, with the token, stands on a line of its own, to be copied."""
     known = server.introduction
-    join = server.join_command if sys.stdout.isatty() else known["join"]
     begun = f"goes on at round {known['round']}" if known["round"] else "begins"
     print(
         f"Run {known['run']} {begun} on {known['address']} ({'TLS' if known['tls'] else 'plaintext'}).\n"
         f"RunSpec digest {known['run_digest']}\n"
-        f"Peers join with\n\n  {join}\n\n"
+        f"Peers join with\n\n  {server.join_command}\n\n"
         + (f"Live page http://{known['http']}/\n" if known["http"] else "")
         + "Ctrl-C stops in order; the run can go on later.\n",
         flush=True,
