@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from peerturb.errors import PeerturbError
@@ -29,6 +30,10 @@ _ANSWER_S = 120.0
 
 class NoBrowserError(PeerturbError):
     """Chromium or its driver is missing."""
+
+
+class BrowserError(PeerturbError):
+    """The driver refuses: a script failed, a page did not answer."""
 
 
 class Browser:
@@ -89,8 +94,13 @@ class Browser:
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        with _HERE.open(Request(self._base + path, data, method=method), timeout=_ANSWER_S) as answer:
-            return json.load(answer)["value"]
+        try:
+            with _HERE.open(Request(self._base + path, data, method=method), timeout=_ANSWER_S) as answer:
+                return json.load(answer)["value"]
+        except HTTPError as error:
+            with error:
+                said = error.read().decode(errors="replace")
+            raise BrowserError(f"the driver answers {method} {path} with {error.code}: {said[:1_000]}") from error
 
 
 @contextmanager

@@ -59,8 +59,10 @@ def get(address: str | urllib.request.Request) -> tuple[int, str, dict[str, str]
 
 
 def wait_for(browser: Browser, script: str) -> None:
-    """Wait until the script says true; the test's own time limit ends it."""
-    asked = f"const until = () => {{ {script} }}; const done = arguments[0];"
+    """Wait until the script says true; the driver's time limit ends it. What is not drawn yet is not there yet."""
+    asked = (
+        f"const until = () => {{ try {{ {script} }} catch (error) {{ return false; }} }}; const done = arguments[0];"
+    )
     assert browser.wait(f"{asked} const look = () => until() ? done(true) : setTimeout(look, 20); look();")
 
 
