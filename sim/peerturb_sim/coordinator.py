@@ -41,6 +41,8 @@ class Coordinator:
         self.notices: list[str] = []
         self.seals: dict[SealReason, int] = dict.fromkeys(SealReason, 0)
         self.crashes = 0
+        self.down_until_us = self.refuses_until_us = 0
+        """Ends of a scenario's faults, the latest where some overlap."""
         self._counted = dict.fromkeys(SealReason, 0)
         """Of `seals`, those by the process that runs now."""
         self._incarnation = 0

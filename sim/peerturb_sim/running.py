@@ -188,5 +188,5 @@ def summary(result: Result, out: Path) -> str:
         + f"  refused  {refused}\n"
         f"  bytes    {result.bytes_up:,} up, {result.bytes_down:,} down, log {result.log.bytes:,}\n"
         f"  faults   {len(result.faults)}\n"
-        f"  written  {out / result.log.file}, {out / RESULT_NAME}\n"
+        f"  written  {out / result.log.file}, {out / RESULT_NAME}; a page of it: peerturb sim report {out}\n"
     )

@@ -98,6 +98,8 @@ def _group(draws: random.Random, name: str, count: int, *, lie: Lie | None = Non
         jitter_ms=draws.choice((0, 5, 50)),
         up_mbit=draws.choice((0.1, 10)),
         loss=draws.choice((0, 0.01, 0.1)),
+        duplication=draws.choice((0, 0.1)),
+        reordering=draws.choice((0, 0.1)),
         cuts_per_hour=draws.choice(often),
     )
     life = LifeSpec(arrive_s=(0.0, draws.choice((0.0, 30.0))))
@@ -221,11 +223,11 @@ def _stalled(world: World, honest: list[Peer]) -> str:
 def run_swarm(
     *, first: int, seeds: int, seconds: float | None, show: Callable[[Outcome], None] = lambda _: None
 ) -> list[Outcome]:
-    """Run seeds first, first + 1, ... until all are done or the (real) time is over."""
-    outcomes = []
+    """Run seeds first, first + 1, ... until all are done or the (real) time is over; the first one in any case."""
+    outcomes: list[Outcome] = []
     began_s = time.monotonic()
     for seed in range(first, first + seeds):
-        if seconds is not None and time.monotonic() - began_s > seconds:
+        if outcomes and seconds is not None and time.monotonic() - began_s > seconds:
             break
         with TemporaryDirectory(prefix="peerturb-swarm-") as folder:
             outcomes.append(run_seed(seed, Path(folder)))

@@ -1,8 +1,8 @@
 """An objective of 128 numbers: production signs, codes and update, numpy only; thousands of peers cost milliseconds.
 
 128 elements are one Philox block a probe. All sums over them are of integers (gradients in fixed point), exact in any
-order, so a measurement does not depend on what it was computed together with. `quadratic` gives the same bits on every
-machine; `logistic` calls exp and log, whose last bits differ between processors, never between two runs on one.
+order, so a measurement does not depend on what it was computed together with. Random draws call log and cos, `logistic`
+exp too: their last bits may differ between C libraries and processors, never between two runs on one machine.
 """
 
 import hashlib

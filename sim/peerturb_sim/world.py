@@ -13,6 +13,7 @@ from peerturb.protocol.outputs import SessionId
 from peerturb.protocol.records import Record, RunFinished
 from peerturb.spec import RunSpec
 from peerturb.wire.channel import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS
+from peerturb_coordinator.traffic import FRAMING_BYTES as COUNTED_BYTES
 from peerturb_sim.checks import Checks
 from peerturb_sim.compute import Compute
 from peerturb_sim.coordinator import Coordinator
@@ -146,27 +147,24 @@ class World:
     def _leaves(self, line: Line, size: int) -> int:
         """Send so many bytes down a line, after what the coordinator sends before; return when they arrive."""
         self._up_free_us = max(self.events.now_us, self._up_free_us) + (size + FRAMING_BYTES) * self._up_us
-        self.down_bytes += size
+        self.down_bytes += size + COUNTED_BYTES
         line.last_down_us = max(line.peer.host.down(size, self._up_free_us), line.last_down_us)
         return round(line.last_down_us)
 
     def _arrives_up(self, line: Line, data: bytes) -> None:
         if line.is_open:
-            self.up_bytes += len(data)
-            line.peer.traffic.up_bytes += len(data)
-            line.peer.traffic.up_messages += 1
+            self.up_bytes += len(data) + COUNTED_BYTES
+            line.peer.traffic.up_bytes += len(data) + COUNTED_BYTES
             self.coordinator.hear(line, data)
 
     def _arrives_down(self, line: Line, data: bytes) -> None:
         if line.is_open:
-            line.peer.traffic.down_bytes += len(data)
-            line.peer.traffic.down_messages += 1
+            line.peer.traffic.down_bytes += len(data) + COUNTED_BYTES
             line.peer.hear(line, data)
 
     def _records_arrive(self, line: Line, first: int, last: int, size: int) -> None:
         if line.is_open:
-            line.peer.traffic.down_bytes += size
-            line.peer.traffic.down_messages += 1
+            line.peer.traffic.down_bytes += size + COUNTED_BYTES
             line.peer.hear_records(line, first, last)
 
     # --- streams ----------------------------------------------------------------------------------------------------
