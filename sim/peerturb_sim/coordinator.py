@@ -92,6 +92,8 @@ class Coordinator:
 
     def hear(self, line: Line, data: bytes) -> None:
         """A message came up a line."""
+        if line.is_over:
+            return
         if self.machine is None:
             self.world.coordinator_died(line)
             return
@@ -113,6 +115,7 @@ class Coordinator:
 
     def hear_end(self, line: Line) -> None:
         """A stream ended."""
+        line.is_over = True
         if self.lines.pop(line.session, None) is not None and self.machine is not None:
             self._perform(self.machine.receive(line.session, Disconnected(), self.world.now_ms))
 

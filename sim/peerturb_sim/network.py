@@ -108,6 +108,8 @@ class Line:
     head: int = 0
     """Length of the log when the peer was welcomed."""
     is_welcome: bool = False
+    is_over: bool = False
+    """Whether the coordinator has heard of its end."""
     key: PeerKey | None = None
     """Who said Hello on it."""
     hello: Hello | None = None

@@ -133,7 +133,7 @@ def _fault(draws: random.Random, honest: int) -> FaultSpec:
     return FaultSpec(
         kind=kind,
         at_s=draws.uniform(0, SAFETY_S),
-        for_s=draws.choice((0.1, 3, 15)),
+        for_s=draws.choice((0.1, 3, 15, 55)),  # the last: streams die of silence
         torn=draws.random() < 0.7,
         share=draws.choice((0.1, 0.5, 1.0)),
     )
