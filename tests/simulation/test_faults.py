@@ -66,6 +66,26 @@ def test_a_short_partition_is_silence_and_a_long_one_ends_the_stream(tmp_path: P
     assert contributions(world, victim) > gave, "and then it is back"
 
 
+def test_an_end_that_a_partition_hides_is_heard_of_by_its_silence(tmp_path: Path) -> None:
+    world = small_world(tmp_path, spec=make_spec(seed=SEED, rounds=0), seed=SEED, peers=2, group=SLOW)
+    for peer in world.peers:
+        peer.start()
+    run_rounds(world, 4)
+    leaver = world.peers[1]
+    line, began_s = leaver.line, world.events.elapsed_s
+    assert line is not None
+    world.partition([leaver], 3 * SILENCE_US)
+    world.run(until_s=began_s + 10)
+    leaver.leave()
+    world.run(until_s=began_s + 9 + SILENCE_US / 1e6)
+    assert line.session in world.coordinator.lines
+    world.run(until_s=began_s + 11 + SILENCE_US / 1e6)
+    assert line.session not in world.coordinator.lines
+    refused = dict(world.coordinator.refusals)
+    world.coordinator.hear(line, b"what comes when the partition ends")
+    assert world.coordinator.refusals == refused
+
+
 def test_what_is_under_way_when_a_stream_is_cut_arrives_or_does_not(world: World) -> None:
     lost = []
     for _ in range(40):

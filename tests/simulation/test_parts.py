@@ -159,6 +159,8 @@ def test_loss_shows_as_retransmissions() -> None:
     times = [lossy.transit_us(100, 0.0) for _ in range(2_000)]
     late = sum(time_us >= RETRANSMISSION_US for time_us in times) / len(times)
     assert late == pytest.approx(0.5, abs=0.05)
+    waits = {round(time_us) - 1_000 for time_us in times}
+    assert waits == {RETRANSMISSION_US * (2**losses - 1) for losses in range(7)}, "each wait is twice the one before"
 
 
 def test_an_overtaken_packet_comes_late_and_holds_back_what_follows(tmp_path: Path) -> None:
