@@ -160,7 +160,7 @@ class Peer:
     def corrupt(self) -> None:
         """Flip a bit of the weights, as faulty memory does."""
         self.is_corrupt = True
-        self.weights = self.world.compute.corrupt(self.weights)
+        self.weights = self.world.compute.corrupt(self.weights, self.index)
         self.world.recorder.corrupted(self)
 
     def lie(self, liar: Liar) -> None:

@@ -98,10 +98,10 @@ class ToyCompute:
         weights.after.append((sealed, after))
         return after
 
-    def corrupt(self, weights: ToyWeights) -> ToyWeights:
+    def corrupt(self, weights: ToyWeights, which: int) -> ToyWeights:
         """Return the weights with the highest bit of a mantissa flipped: the lowest might be rounded away again."""
         values = weights.values.copy()
-        values.view(np.uint32)[0] ^= 1 << 22
+        values.view(np.uint32)[which % SIZE] ^= 1 << 22
         return _weights(values, weights.rounds)
 
     def expect(self, request: Request) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from peerturb.cli import run
+from peerturb.protocol.contributions import Contributions
 from peerturb.protocol.coordinator import CoordinatorMachine
 from peerturb.protocol.replica import Replica
 from peerturb_sim import swarm
@@ -111,7 +112,7 @@ def depends_on_the_asker(monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(self: Any, weights: Any, sealed: Any) -> Any:
         calls[0] += 1
         after = apply(self, weights, sealed)
-        return self.corrupt(after) if calls[0] % 3 == 0 else after
+        return self.corrupt(after, 0) if calls[0] % 3 == 0 else after
 
     monkeypatch.setattr(ToyCompute, "apply", careless)
 
@@ -124,6 +125,16 @@ def applies_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         return hand_out(self) * 2
 
     monkeypatch.setattr(Replica, "hand_out", eager)
+
+
+def lets_the_minority_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights that fewest have measured on are taken for the right ones."""
+
+    def contrary(self: Any, ledger: Any) -> int:
+        digests = [pending.contribution.digest for pending in self.of_slot.values()]
+        return min(digests, key=digests.count)
+
+    monkeypatch.setattr(Contributions, "canonical_digest", contrary)
 
 
 def stops_listening(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +155,7 @@ def stops_listening(monkeypatch: pytest.MonkeyPatch) -> None:
         (depends_on_the_asker, {"replicas_agree"}),
         (applies_twice, {"applied_once", "exception"}),
         (stops_listening, {"goes_on"}),
+        (lets_the_minority_hold, {"majority_holds"}),
     ],
 )
 def test_what_is_broken_is_found_within_a_few_seeds(
