@@ -7,7 +7,7 @@ import pytest
 from peerturb_sim.scenario import Scenario
 from peerturb_sim.simulation import build, run_to_end
 from tests.integration.network import network, toy_run
-from tests.integration.test_metrics import Figures, await_figures, serving
+from tests.integration.scraping import Figures, await_figures
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
 
@@ -40,7 +40,8 @@ def total(figures: Figures, direction: str) -> float:
 def test_a_simulated_run_counts_the_bytes_that_a_real_coordinator_counts(tmp_path: Path) -> None:
     """The same spec, one peer of a name as long: the same messages but for a few numbers of other lengths."""
     with network(tmp_path, toy_run(count=ROUNDS)) as run:
-        at = serving(run)
+        coordinator = run.start_coordinator("--http", "127.0.0.1:0")
+        at = str(coordinator.wait_for(lambda event: event["event"] == "serving")["http"])
         node = run.start_node("n-0")
         assert node.wait() == 0
         real = await_figures(at, lambda figures: figures["peerturb_finished"] == 1)

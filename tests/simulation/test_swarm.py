@@ -131,7 +131,7 @@ def lets_the_minority_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights that fewest have measured on are taken for the right ones."""
 
     def contrary(self: Any, ledger: Any) -> int:
-        digests = [pending.contribution.digest for pending in self.of_slot.values()]
+        digests: list[int] = [pending.contribution.digest for pending in self.of_slot.values()]
         return min(digests, key=digests.count)
 
     monkeypatch.setattr(Contributions, "canonical_digest", contrary)
