@@ -54,6 +54,7 @@ def test_after_the_faults_no_liar_comes_back(tmp_path: Path) -> None:
         assert not [peer.name for peer in liars if peer.is_running]
 
 
+@pytest.mark.slow
 def test_contributions_come_twice_and_after_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the swarm would not show that neither matters. A peer says anew what the stream before may still carry."""
     repeated, overtaken = [0], [0]
