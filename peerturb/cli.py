@@ -38,6 +38,10 @@ COMMANDS: dict[str, Command] = {
         target="peerturb_node.cli.demo:app",
         summary="Watch four nodes on this computer fine-tune a model together; needs no network.",
     ),
+    "init": Command(
+        target="peerturb_node.cli.init:app",
+        summary="Write a commented RUN.toml from a few questions or flags; needs no torch.",
+    ),
     "coordinator": Command(
         target="peerturb_coordinator.cli.coordinator:app",
         summary="Serve a run to peers (serve), make its certificate and join command (keys).",

@@ -90,6 +90,7 @@ class StepSpec(Section):
     rule: Literal["normalized", "sgd"] = "normalized"
     """`normalized`: lr / (n rms(c)), blind to the loss's scale; `sgd`: lr s / n."""
     learning_rate: float = Field(default=1.5e-2, gt=0, le=1e3)
+    """Size of a step, before the schedule; `peerturb tune` looks for it."""
     half_codes: int = Field(default=0, ge=0, le=2**30, exclude_if=lambda value: value == 0)
     """h: with n codes in a round the step is n / (n + h) of its full size, half of it at h. Few codes point badly, so
     they may move the weights only a little; this lets one rate serve rounds of 100 and of 10 000 codes
@@ -98,6 +99,7 @@ class StepSpec(Section):
     """Course of the learning rate, from `learning_rate` to `final_fraction` of it: over `round.count` rounds, or
     (`plateau`) cut whenever the sealed losses stop falling."""
     final_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Part of `learning_rate` at which the schedule ends."""
     warmup_rounds: int = Field(default=0, ge=0, le=limits.ROUNDS_MAX)
     """Rounds over which the rate rises linearly from zero before the schedule begins."""
     plateau: PlateauSpec | None = None
@@ -131,6 +133,7 @@ class RoundSpec(Section):
     min_peers: int = Field(default=1, ge=1, le=limits.SESSIONS_MAX)
     """Contributions without which no round is sealed."""
     deadline_ms_min: int = Field(default=1_000, ge=10, le=86_400_000)
+    """A round waits at least this long for awaited peers."""
     deadline_ms_max: int = Field(default=120_000, ge=10, le=86_400_000)
     """The deadline is four times the longest recent round, inside these bounds; the first round gets the maximum."""
     lease_ms: int = Field(default=60_000, ge=100, le=7 * 86_400_000)
@@ -243,7 +246,9 @@ class RunSpec(Section):
     """One fine-tuning job."""
 
     protocol: Literal[1] = 1
+    """Version of the protocol that all peers speak."""
     name: str = Field(min_length=1, max_length=limits.NAME_CHARS_MAX)
+    """What people call the run."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Makes two otherwise equal runs different: it changes the digest, hence the run key. An adapter's first values
     follow from it alone."""

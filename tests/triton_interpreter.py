@@ -13,20 +13,21 @@ from peerturb.zo import fast
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Let CPU tensors take the way of CUDA tensors, through interpreted kernels; returns `peerturb.zo.cuda.launch`."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from peerturb.zo.cuda import launch
+    from peerturb.zo.cuda import launch, rowwise
 
-    monkeypatch.setattr(launch, "kernels", _interpreted_kernels())
+    monkeypatch.setattr(launch, "kernels", _interpreted("kernels"))
+    monkeypatch.setattr(rowwise, "kernels", _interpreted("rowwise_kernels"))
     monkeypatch.setattr(fast, "kernels", lambda device: launch)
     return launch
 
 
-@lru_cache(maxsize=1)
-def _interpreted_kernels() -> ModuleType:
-    """Return a second copy of the kernels' module: whether one is interpreted is settled when it is decorated."""
-    found = importlib.util.find_spec("peerturb.zo.cuda.kernels")
+@lru_cache(maxsize=2)
+def _interpreted(name: str) -> ModuleType:
+    """Return a second copy of a module of kernels: whether one is interpreted is settled when it is decorated."""
+    found = importlib.util.find_spec(f"peerturb.zo.cuda.{name}")
     assert found is not None
     assert found.origin is not None
-    spec = importlib.util.spec_from_file_location("interpreted_kernels", found.origin)
+    spec = importlib.util.spec_from_file_location(f"interpreted_{name}", found.origin)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -5,6 +5,7 @@ The processes are the product's own commands; only the nodes' compute is a stub.
 
 import asyncio
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -40,20 +41,28 @@ class Cluster:
             f"[round]\nprobes_max = {probes}\ndeadline_ms_min = 10000\n[objective]\neval_every = 0\n"
         )
         self.port = 0
+        self.page = ""
+        """Address of page and metrics, if there are any."""
+
+    @property
+    def coordinator(self) -> "subprocess.Popen[bytes]":
+        """The coordinator's process."""
+        return self._processes[0]
 
     @property
     def address(self) -> str:
         """The coordinator's HOST:PORT."""
         return f"127.0.0.1:{self.port}"
 
-    async def start_coordinator(self) -> None:
-        """Start it and wait for its port.
+    async def start_coordinator(self, *, has_page: bool = False) -> None:
+        """Start it, with page and metrics if so wished, and wait for its port.
 
         Raises:
             UnreachableError: it ended, or did not begin in time.
         """
         port_file = self._folder / "port"
         flags = ["--listen", "127.0.0.1:0", "--data-dir", str(self._folder / "data"), "--port-file", str(port_file)]
+        flags += ["--http", "127.0.0.1:0"] if has_page else []
         self._start("coordinator", ["coordinator", "serve", str(self._spec_file), "--json", *flags])
         end_s = time.monotonic() + START_TIMEOUT_S
         while not port_file.exists():
@@ -62,6 +71,11 @@ class Cluster:
                 raise UnreachableError("the benchmark's coordinator did not start")
             await asyncio.sleep(_POLL_S)
         self.port = int(port_file.read_text())
+        while has_page and not self.page:
+            self.check()
+            said = [json.loads(line) for line in (self._folder / "coordinator.out").read_text().splitlines()]
+            self.page = next((f"http://{event['http']}" for event in said if event["event"] == "serving"), "")
+            await asyncio.sleep(_POLL_S)
 
     def start_node(self, address: str) -> None:
         """Start a node that joins at `address`."""
@@ -101,12 +115,12 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(*, probes: int) -> AsyncIterator[Cluster]:
+async def cluster(*, probes: int, has_page: bool = False) -> AsyncIterator[Cluster]:
     """Run a coordinator in a temporary folder for as long as the block runs; processes inherit our processor cores."""
     with tempfile.TemporaryDirectory(prefix="peerturb-bench-") as folder:
         made = Cluster(Path(folder), probes=probes)
         try:
-            await made.start_coordinator()
+            await made.start_coordinator(has_page=has_page)
             yield made
         finally:
             made.end()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from peerturb import codec
+from peerturb import stepping
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import DType
 from peerturb.spec import RunSpec
@@ -55,12 +55,12 @@ class Exact:
         if self._shadow is not None:
             self._shadow.refresh()
         codes = self._engine.contribute(number, slot=Slot(0), scale=self._scale).codes
-        alpha = codec.step_size(spec.step, number, self._scale, codes, spec.round.count)
+        alpha = stepping.step_size(spec.step, number, self._scale, codes, spec.round.count)
         apply_update(
             self._weights, self._manifest, family=spec.perturbation.family, run_key=spec.run_key, round=number,
-            slots=[0], counts=[len(codes)], codes=codes, alpha=float(alpha),
+            slots=[0], counts=[len(codes)], codes=codes, alpha=alpha,
         )  # fmt: skip
-        self._scale = float(codec.next_scale(self._scale, codes))
+        self._scale = stepping.next_scale(self._scale, codes)
         self._round += 1
         self.forwards += self._per_step
         self.bytes += len(codes)

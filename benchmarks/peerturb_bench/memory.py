@@ -18,6 +18,7 @@ import torch
 from peerturb.errors import PeerturbError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import DType
+from peerturb.zo.batch import Runner
 from peerturb_bench import plots
 from peerturb_bench.rows import Row
 from peerturb_bench.shapes import LLAMA
@@ -75,6 +76,8 @@ def _measure(device: str, dtype: DType) -> dict[str, float]:
     """Return peaks above the loaded model and the sizes of weights and widest activation, in bytes."""
     case = Case(shape=LLAMA, dtype=dtype, probes=PROBES, tokens=TOKENS)
     engine = build_engine(case, device)
+    assert isinstance(engine.evaluator, Runner)
+    engine.evaluator.recorder = None  # torch counts no memory of a recording that plays
     slot = Slot(0)
     batches = plain_batches(engine, engine.drawn(RoundNumber(0), slot, case.probes))
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 BLUE, RED, GREEN, GREY = "#1b6ca8", "#c1432e", "#6b8e23", "#8a8f98"
 PARTS = (BLUE, "#d98e04", GREEN, "#7a5195", GREY)
+SHADES = ("#3b1f77", "#1b6ca8", "#2a9d6f", "#d98e04", "#c1432e")
+"""From little to much: also told apart in grey."""
 DPI = 110
 _PAPER = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 
@@ -60,6 +62,10 @@ class Panel:
     is_log_y: bool = False
     ticks: Sequence[float] = ()
     """Of x, written as plain numbers; by default matplotlib chooses."""
+    has_legend: bool = False
+    """Of its own, in place of the figure's: for panels whose lines are not those of the others."""
+    span: tuple[float, float] | None = None
+    """Of y; by default all that is drawn."""
 
 
 def bars(path: Path, items: Sequence[Bar], *, title: str, axis: str, is_log: bool = False) -> None:
@@ -124,10 +130,15 @@ def curves(path: Path, rows: Sequence[Sequence[Panel]]) -> None:
             axes.set_visible(False)
         for panel, axes in zip(panels, all_axes, strict=False):
             drawn = [(line, _finite(line, is_log=panel.is_log)) for line in panel.lines]
+            own: set[str] = set()
             for line, points in drawn:
                 style = {"marker": line.mark or None, "linestyle": line.dash or "none"}
                 found = axes.plot(*points, color=line.colour, alpha=0.8, linewidth=1.5, **style)
-                entries.setdefault(line.label, found[0])
+                if panel.has_legend:
+                    found[0].set_label(line.label if line.label not in own else f"_{line.label}")
+                    own.add(line.label)
+                else:
+                    entries.setdefault(line.label, found[0])
             if panel.is_log and any(xs for _, (xs, _) in drawn):
                 axes.set_xscale("log")
             if panel.is_log_y and any(ys for _, (_, ys) in drawn):
@@ -136,8 +147,13 @@ def curves(path: Path, rows: Sequence[Sequence[Panel]]) -> None:
                 axes.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
                 axes.minorticks_off()
             axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+            if panel.span is not None:
+                axes.set_ylim(*panel.span)
+            if panel.has_legend:
+                axes.legend(fontsize=8, framealpha=0.85)
             axes.grid(alpha=0.25)
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=len(entries), frameon=False)
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=len(entries), frameon=False)
     _save(figure, path)
 
 

@@ -53,12 +53,17 @@ BENCHMARKS = {
         summary="Rounds to a held-out loss for 1 to 256 simulated peers; ideal: n peers, an nth of the rounds.",
         is_drawn=True,
     ),
+    "tuning": Benchmark(
+        summary="What rate, epsilon, probes, examples, rule and schedule do to the held-out loss.", is_drawn=True
+    ),
     "sim": Benchmark(summary="What simulating 256 peers of a real model spends its time on, on Ray and in process."),
     "wire": Benchmark(summary="Bytes on the socket for each code, up and down, with all framing."),
     "overhead": Benchmark(
         summary="Milliseconds a round costs when computing costs nothing: real processes, fsync included."
     ),
     "watch": Benchmark(summary="Milliseconds for which page and metrics hold a coordinator's event loop."),
+    "page": Benchmark(summary="Milliseconds until the live page of 1 000 peers is drawn in headless Chromium."),
+    "load": Benchmark(summary="Memory and processor of a coordinator with 64 peers at a round a second."),
     "join": Benchmark(summary="A peer that joins late: time until it trains, bytes it received."),
 }
 

@@ -4,6 +4,8 @@ Both compute the loss of the same sequences in the same micro-batches, one right
 so that a noisy machine slows both alike. Every pair is another round: its signs are made anew, within the time of the
 probes. value: ms of a probe step, the median. reference: ms of plain inference, the median. ratio: the median of
 value / reference over the pairs, with its quartiles; at most 1.15.
+
+On a CUDA device both are played from recordings (`peerturb.zo.recorded`); a note tells what inference takes without.
 """
 
 import statistics
@@ -27,6 +29,7 @@ from peerturb.zo.batch import Runner
 from peerturb.zo.model import build_manifest
 from peerturb.zo.objective import Objective, TokenSequence
 from peerturb.zo.probe import ProbeEngine
+from peerturb.zo.recorded import SEEN_BEFORE
 from peerturb_bench import plots
 from peerturb_bench.rows import Row
 from peerturb_bench.shapes import GIANT, LLAMA, MINILM, STORIES3M, Shape, build
@@ -34,6 +37,8 @@ from peerturb_bench.shapes import GIANT, LLAMA, MINILM, STORIES3M, Shape, build
 LIMIT = 1.15
 """Probes over inference, at most."""
 PAIRS, QUICK_PAIRS = 11, 3
+WARM_UP = 1 + SEEN_BEFORE
+"""Pairs before those that count: a CUDA device's forwards are recorded in the last of them."""
 SHORT = {"float32": "f32", "bfloat16": "bf16"}
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
@@ -75,7 +80,7 @@ def run(quick: bool = False, out: Path | None = None) -> list[Row]:
 def measure(case: Case, *, pairs: int, device: str = "cpu") -> Row:
     """Time probes and plain inference in turn. Both read their losses, so a GPU has finished."""
     engine = build_engine(case, device)
-    timed = [_pair(engine, case, number) for number in range(pairs + 1)][1:]  # the first one warms up
+    timed = [_pair(engine, case, number) for number in range(pairs + WARM_UP)][WARM_UP:]
     ratios = [probe_ms / plain_ms for probe_ms, plain_ms in timed]
     low, ratio, high = np.percentile(ratios, (25, 50, 75)).tolist()
     millions = sum(tensor.numel() for _, tensor in engine.evaluator.parameters) / 1e6
@@ -88,7 +93,25 @@ def measure(case: Case, *, pairs: int, device: str = "cpu") -> Row:
         ratio=ratio,
         low=low,
         high=high,
+        note="" if device == "cpu" else _unrecorded(engine, case),
     )
+
+
+def _unrecorded(engine: ProbeEngine[TokenSequence], case: Case) -> str:
+    """Say what inference takes that calls each operation from Python."""
+    runner = engine.evaluator
+    assert isinstance(runner, Runner)
+    drawn = engine.drawn(RoundNumber(0), Slot(0), case.probes)
+    batches = [runner.objective.rows(batch) for batch in plain_batches(engine, drawn)]
+
+    def infer() -> None:
+        for rows in batches:
+            placed = runner.place(rows)
+            runner.objective.losses(runner.logits(placed), placed).cpu()
+
+    failure = None if runner.recorder is None else runner.recorder.failure
+    spent = statistics.median(timed_ms(infer) for _ in range(1 + QUICK_PAIRS))
+    return f"inference without a recording: {spent:.4g} ms" + (f"; not recorded: {failure}" if failure else "")
 
 
 def _pair(engine: ProbeEngine[TokenSequence], case: Case, number: int) -> tuple[float, float]:

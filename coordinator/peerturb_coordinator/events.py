@@ -1,45 +1,32 @@
 """What the coordinator tells its operator: one stream of events, as JSON for machines or as lines for people.
 
-It formats; it decides nothing. A terminal that goes away never stops a run.
+It formats (`peerturb.wire.logs`); it decides nothing. A terminal that goes away never stops a run.
 """
 
 import contextlib
-import logging
-from collections.abc import MutableMapping
-from typing import Any, TextIO
+from typing import TextIO
 
-import structlog
-
-Fields = MutableMapping[str, Any]
+from peerturb.wire.logs import open_log
 
 
 class Events:
-    """Writes events to one text stream."""
+    """Writes events to one text stream, each with what is bound."""
 
-    def __init__(self, stream: TextIO, *, as_json: bool, level: str = "info") -> None:
+    def __init__(self, stream: TextIO, *, as_json: bool, level: str = "info", run: str = "") -> None:
         """Choose the form.
 
         Args:
             stream: where events go.
             as_json: one JSON object per line; otherwise a line for people, in colour on a terminal.
             level: least level that is written: debug, info, warning, error.
+            run: name of the run, bound to every line.
         """
-        renderer: Any = (
-            structlog.processors.JSONRenderer(sort_keys=False)
-            if as_json
-            else structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=24)
-        )
-        self._log = structlog.wrap_logger(
-            structlog.PrintLogger(stream),
-            processors=[
-                structlog.processors.add_log_level,
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
-                structlog.processors.format_exc_info,
-                renderer,
-            ],
-            wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-            cache_logger_on_first_use=True,
-        )
+        self._log = open_log(stream, as_json=as_json, level=level)
+        self._bound: dict[str, object] = {"run": run}
+
+    def bind(self, **fields: object) -> None:
+        """Give every line from now on these fields, unless it brings its own."""
+        self._bound |= fields
 
     def debug(self, event: str, **fields: object) -> None:
         """Write what only a developer wants."""
@@ -60,4 +47,4 @@ class Events:
     def _write(self, method: str, event: str, fields: dict[str, object]) -> None:
         # The reader of our lines may be gone (closed pipe, full disk); the run matters more than its description.
         with contextlib.suppress(OSError, ValueError):
-            getattr(self._log, method)(event, **fields)
+            getattr(self._log, method)(event, **self._bound | fields)

@@ -92,6 +92,28 @@ def make_keys(folder: Path, hosts: Sequence[str], *, replace: bool = False) -> K
     )
 
 
+def ready_keys(folder: Path, hosts: Sequence[str]) -> Path:
+    """Make keys in `folder` unless some are there; return the file of the join token.
+
+    Args:
+        folder: one that `make_keys` fills, or has filled.
+        hosts: for the certificate, if it is made now.
+
+    Raises:
+        SpecError: the folder cannot be written, or has only some of the files.
+    """
+    paths = [folder / name for name in (CERTIFICATE_FILE, KEY_FILE, TOKEN_FILE)]
+    missing = [path.name for path in paths if not path.exists()]
+    if len(missing) == len(paths):
+        return make_keys(folder, hosts).token_file
+    if missing:
+        raise SpecError(
+            f"{folder} has no {' and no '.join(missing)}; bring it back from a copy, or make all anew with "
+            f"`peerturb coordinator keys --out {folder} --replace` (volunteers then need a new join command)"
+        )
+    return folder / TOKEN_FILE
+
+
 def load_tls(folder: Path) -> TlsFiles:
     """Read certificate and key from `folder`.
 
@@ -141,13 +163,15 @@ def read_token(text: str) -> str:
     return token
 
 
-def join_command(address: str, *, fingerprint: str, token: str) -> str:
-    """Return the line a volunteer types."""
+def join_command(address: str, *, fingerprint: str, token: str, token_file: str = "") -> str:
+    """Return the line a volunteer types: with the token, or the name of a file that holds it."""
     words = ["peerturb", "node", "run", "--coordinator", address]
     if fingerprint:
         words += ["--fingerprint", fingerprint]
     if token:
         words += ["--token", token]
+    if token_file:
+        words += ["--token-file", token_file]
     return " ".join([*words, "--data", "FILE"])
 
 

@@ -38,7 +38,7 @@ def serve_until_signal(
         LogError, SpecError, UnreachableError: the run cannot be served; the message says why.
     """
     with live_line(is_wanted=not as_json) as live:
-        events = Events(sys.stdout, as_json=as_json, level=settings.log_level)
+        events = Events(sys.stdout, as_json=as_json, level=settings.log_level, run=spec.name)
         asyncio.run(_serve(spec, settings, events, live, as_json=as_json, port_file=port_file))
 
 
@@ -71,13 +71,13 @@ async def _serve(
 
 
 def _introduce(server: Server) -> None:
-    """Print what a person must know; the join command stands on a line of its own, to be copied."""
+    """Print what a person must know; the join command, with the token, stands on a line of its own, to be copied."""
     known = server.introduction
     begun = f"goes on at round {known['round']}" if known["round"] else "begins"
     print(
         f"Run {known['run']} {begun} on {known['address']} ({'TLS' if known['tls'] else 'plaintext'}).\n"
         f"RunSpec digest {known['run_digest']}\n"
-        f"Peers join with\n\n  {known['join']}\n\n"
+        f"Peers join with\n\n  {server.join_command}\n\n"
         + (f"Live page http://{known['http']}/\n" if known["http"] else "")
         + "Ctrl-C stops in order; the run can go on later.\n",
         flush=True,

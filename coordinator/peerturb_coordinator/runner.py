@@ -84,6 +84,7 @@ class Runner:
     def start(self) -> None:
         """Let the machine begin: record 0 of a new log, the open round of an old one."""
         now_ms = self.now_ms
+        self._events.bind(round=self.machine.ledger.sealed_rounds)
         self._trace.started(now_ms, records=self._store.head)
         self._run((), now_ms)
 
@@ -212,7 +213,8 @@ class Runner:
 
     def _reject(self, reject: Reject, session: Session | None) -> None:
         report = self._events.warning if reject.code in _PROBLEMS else self._events.debug
-        report("refused", session=reject.session, code=reject.code.name.lower(), why=reject.why)
+        slot = {} if session is None or session.slot is None else {"slot": session.slot}
+        report("refused", session=reject.session, **slot, code=reject.code.name.lower(), why=reject.why)
         if session is not None:
             session.refuse(reject.code, reject.why, closes=reject.closes)
 
@@ -220,6 +222,7 @@ class Runner:
         """Tell the operator of a record. Rounds pass by the hundred: only the progress line speaks of them."""
         match record:
             case RoundSealed():
+                self._events.bind(round=record.round + 1)
                 self._events.debug("round_sealed", round=record.round, loss=record.loss, codes=len(record.codes))
             case PeerJoined():
                 self._events.info("peer_joined", slot=record.slot, name=record.name, key=record.key.hex()[:16])

@@ -107,7 +107,7 @@ class Server:
 
     @property
     def introduction(self) -> dict[str, object]:
-        """What a person or script needs to know once the server has started, as JSON values."""
+        """What a script needs to know of a started server, as JSON values. Logs keep it, so the token is not in it."""
         return {
             "address": self.address,
             "run": self.spec.name,
@@ -116,20 +116,21 @@ class Server:
             "records": self.store.head,
             "tls": bool(self._fingerprint),
             "fingerprint": self._fingerprint,
-            "join": self.join_command,
+            "join": self._join_command("", token_file="join-token" if self._settings.token_text else ""),
+            "needs_token": bool(self._settings.token_text),
             "http": "" if self._monitor is None else self._monitor.address,
         }
 
     @property
     def join_command(self) -> str:
-        """The line a volunteer types."""
+        """The line a volunteer types, with the join token."""
         return self._join_command(self._settings.token_text)
 
-    def _join_command(self, token: str) -> str:
+    def _join_command(self, token: str, *, token_file: str = "") -> str:
         host, port = split_address(self.address)
         wildcard = "HOST" if host in ("0.0.0.0", "::") else host
         address = join_address(self._settings.advertise or wildcard, port)
-        return join_command(address, fingerprint=self._fingerprint, token=token)
+        return join_command(address, fingerprint=self._fingerprint, token=token, token_file=token_file)
 
     async def stop(self) -> None:
         """Turn newcomers away, tell the sessions, wait for their streams to end, close the log. May be repeated."""

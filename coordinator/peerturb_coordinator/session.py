@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from peerturb.errors import RejectCode
-from peerturb.ids import PeerKey, Position
+from peerturb.ids import PeerKey, Position, Slot
 from peerturb.protocol.messages import Refusal, ToPeer, Welcome
 from peerturb.protocol.outputs import SessionId
 from peerturb.wire.messages import encode_to_peer
@@ -34,6 +34,8 @@ class Session:
         """Records the peer had when it said Hello."""
         self.key: PeerKey | None = None
         """The identity, once the session is admitted."""
+        self.slot: Slot | None = None
+        """The peer's, once it is a member."""
         self.cut_why = ""
         """Why the stream was cut off; empty if it was not."""
         self._feed = feed
@@ -61,7 +63,7 @@ class Session:
         if self._is_closing:
             return
         if isinstance(message, Welcome):
-            self._cursor = self.position
+            self._cursor, self.slot = self.position, message.slot
         self._outbox.append(encode_to_peer(message).SerializeToString())
         if len(self._outbox) > OUTBOX_MESSAGES_MAX:
             self.close()

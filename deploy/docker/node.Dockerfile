@@ -15,9 +15,11 @@ RUN /opt/peerturb/bin/pip install --no-cache-dir --constraint constraints.txt ".
 
 FROM python:3.13-slim
 # Triton compiles the launchers of its kernels with a C compiler; without a GPU nothing uses it.
+# tini: the kernel withholds SIGTERM from a container's first process until it asks for it, and a node asks once its
+# model is loaded.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends gcc libc6-dev \
+ && apt-get install -y --no-install-recommends gcc libc6-dev tini \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/peerturb /opt/peerturb
 RUN useradd --system --uid 10001 --create-home --home-dir /data peerturb
@@ -29,5 +31,5 @@ EXPOSE 7472
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:7472/healthz', timeout=4)"]
-ENTRYPOINT ["peerturb", "node", "run", "--state", "/data/state", "--http", "0.0.0.0:7472", "--json"]
+ENTRYPOINT ["tini", "--", "peerturb", "node", "run", "--state", "/data/state", "--http", "0.0.0.0:7472", "--json"]
 CMD ["--help"]

@@ -1,41 +1,70 @@
 """What a node tells the outside: one stream of events, shown as JSON lines, plain lines or a live view.
 
-An event is a flat dictionary with `event` (its kind), `time` (seconds since 1970) and the fields listed in `KINDS`.
-A sink that fails is dropped and never stops training.
+An event is a flat dictionary with `event` (its kind), `time` (seconds since 1970), the fields listed in `KINDS`, and
+what is bound: `run`, and `slot` and `round` once they are known. A sink that fails is dropped and never stops training.
 """
 
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TextIO
 
+from peerturb.protocol.trend import DIVERGING
+from peerturb.wire.logs import is_written, iso_time, open_log
+
 Event = Mapping[str, Any]
 
 KINDS = {
     "monitor": "address",
-    "start": "version name key coordinator run spec state compute device",
+    "start": "version name key coordinator run spec rounds state compute device",
     "model": "parameters tensors dtype digest seconds quantised",
     "restored": "round position checkpoint",
-    "connecting": "attempt",
+    "connecting": "coordinator",
     "joined": "slot position head",
-    "behind": "round rounds",
+    "behind": "rounds",
     "training": "round seconds",
     "measured": "round codes void loss ms tokens",
     "round": "round loss digest codes peers own ms alpha probes_per_s tokens_per_s bytes_up bytes_down",
     "eval": "round loss accuracy examples ms",
-    "disconnected": "why retry_ms",
+    "disconnected": "why retry_ms again",
     "refused": "code why",
     "notice": "code text",
+    "paused": "reason why",
+    "resumed": "why seconds",
     "rebuild": "why",
     "checkpoint": "round file",
     "export": "folder",
+    "leaving": "why",
     "stop": "why round digest bytes_up bytes_down codes_up codes_down",
     "error": "message code",
 }
-"""Kind -> its fields. `digest` is 8 hex digits of the weights after `round` rounds, null inside a burst of catch-up;
-`ms` is how long the node's own work took; `bytes_*` and `codes_*` count since the start of the process."""
+"""Kind -> its fields beside the bound ones. `digest` is 8 hex digits of the weights after `round` rounds, null inside a
+burst of catch-up; `ms` is how long the node's own work took; `bytes_*` and `codes_*` count since the process began;
+`again` says that an attempt to connect failed as the last one did."""
+
+
+ROUND_S = 1.0
+"""Least seconds between two lines about rounds, for people and in a log without details."""
+
+_DETAILS = frozenset({"connecting", "measured"})
+_WARNINGS = frozenset({"disconnected", "rebuild"})
+_WARNING_NOTICES = frozenset({DIVERGING, "epsilon", "idle_off", "log_set_aside", "monitor", "slow"})
+_ROUTINE_REFUSALS = frozenset({"stale_round", "run_finished", "shutting_down"})
+"""Codes of refusals that are part of any run: a contribution after the seal, the run's end, the coordinator's stop."""
+
+
+def level(event: Event) -> str:
+    """Return how much an event matters: debug, info, warning or error."""
+    kind = event["event"]
+    if kind == "error":
+        return "error"
+    if kind == "refused":
+        return "debug" if event["code"] in _ROUTINE_REFUSALS else "warning"
+    if kind in _DETAILS or (kind == "disconnected" and event["again"]):
+        return "debug"
+    is_warning = kind in _WARNINGS or (kind == "notice" and event["code"] in _WARNING_NOTICES)
+    return "warning" if is_warning else "info"
 
 
 class Sink(Protocol):
@@ -54,6 +83,11 @@ class Events:
     def __init__(self, *sinks: Sink, now: Callable[[], float] = time.time) -> None:
         self._sinks = list(sinks)
         self._now = now
+        self._bound: dict[str, Any] = {"run": None}
+
+    def bind(self, **fields: Any) -> None:
+        """Give every event from now on these fields, unless it brings its own."""
+        self._bound |= fields
 
     def add(self, sink: Sink) -> None:
         """Let one more sink hear, from now on."""
@@ -61,7 +95,7 @@ class Events:
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Tell all sinks."""
-        event = {"event": kind, "time": round(self._now(), 3), **fields}
+        event = {"event": kind, "time": round(self._now(), 3), **self._bound, **fields}
         for sink in list(self._sinks):
             try:
                 sink.emit(event)
@@ -80,15 +114,26 @@ class Events:
 
 
 class JsonSink:
-    """One JSON object a line. Numbers that JSON cannot carry become null."""
+    """The log for machines: one JSON object a line (`peerturb.wire.logs`), null for numbers that JSON cannot carry.
 
-    def __init__(self, stream: TextIO) -> None:
+    Rounds stand in it at most once a second, all of them only with the details.
+    """
+
+    def __init__(self, stream: TextIO, *, least: str = "debug") -> None:
+        """Write events of level `least` and above."""
         self._stream = stream
+        self._log = open_log(stream, as_json=True, level=least)
+        self._is_thinned = least != "debug"
+        self._last_round_s = -math.inf
 
     def emit(self, event: Event) -> None:
         """Write and flush one line."""
-        clean = {key: _finite(value) for key, value in event.items()}
-        self._stream.write(json.dumps(clean, allow_nan=False, separators=(",", ":")) + "\n")
+        if self._is_thinned and event["event"] == "round":
+            if 0 <= event["time"] - self._last_round_s < ROUND_S:
+                return
+            self._last_round_s = event["time"]
+        fields = {key: value for key, value in event.items() if key not in ("event", "time")}
+        getattr(self._log, level(event))(event["event"], time=iso_time(event["time"]), **fields)
         self._stream.flush()
 
     def close(self) -> None:
@@ -99,15 +144,19 @@ class JsonSink:
 class PlainSink:
     """One readable line an event; rounds at most once a second."""
 
-    def __init__(self, stream: TextIO, *, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: TextIO, *, now: Callable[[], float] = time.monotonic, least: str = "debug") -> None:
+        """Write events of level `least` and above."""
         self._stream = stream
         self._now = now
+        self._least = least
         self._last_round_s = -math.inf
 
     def emit(self, event: Event) -> None:
         """Write the event's line, if it has one now."""
+        if not is_written(level(event), self._least):
+            return
         if event["event"] == "round":
-            if self._now() - self._last_round_s < 1.0:
+            if self._now() - self._last_round_s < ROUND_S:
                 return
             self._last_round_s = self._now()
         line = sentence(event)
@@ -162,12 +211,18 @@ def sentence(event: Event) -> str:
             return f"refused ({event['code']}): {event['why']}"
         case "notice":
             return str(event["text"])
+        case "paused":
+            return f"paused: {event['why']}; the node goes on by itself"
+        case "resumed":
+            return f"resumed after {event['seconds']:.0f} s: {event['why']}"
         case "rebuild":
             return f"rebuilding the weights from the local log: {event['why']}"
         case "checkpoint":
             return f"checkpoint after {event['round']} rounds: {event['file']}"
         case "export":
             return f"model written to {event['folder']}"
+        case "leaving":
+            return f"leaving: {event['why']}"
         case "stop":
             return f"stopped after {event['round']} rounds: {event['why']}"
         case _:
@@ -177,7 +232,3 @@ def sentence(event: Event) -> str:
 def number(value: float | None) -> str:
     """Return a loss for people; `-` for none."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,7 @@ from typing import Any
 
 from peerturb.errors import LogError, SpecError
 from peerturb.ids import short_hex
-from peerturb.protocol.records import Evaluated, Record, RoundOpened, RoundSealed
+from peerturb.protocol.records import Evaluated, Record, RoundOpened, RoundSealed, RunStarted
 from peerturb.runlog.chain import CHAIN_START, chain_after
 from peerturb.runlog.fold import describe
 from peerturb.runlog.reader import LogEnd, read_entries
@@ -205,6 +205,8 @@ def rounds_between(records: Iterable[tuple[int, Record]], rounds: str | None) ->
 def record_row(position: int, record: Record) -> dict[str, Any]:
     """Return a record as a JSON object; codes only as their number."""
     row: dict[str, Any] = {"position": position, "kind": type(record).__name__, "text": describe(record)}
+    if isinstance(record, RunStarted):
+        row["spec"] = record.spec.model_dump(mode="json")
     if isinstance(record, (RoundOpened, RoundSealed, Evaluated)):
         row["round"] = record.round
     if isinstance(record, (RoundSealed, Evaluated)):

@@ -13,6 +13,7 @@ from peerturb_node.client import Address, describe
 from peerturb_node.compute.base import Compute
 from peerturb_node.events import Events, JsonSink, PlainSink, Sink
 from peerturb_node.folder import StateFolder, set_aside
+from peerturb_node.idle.watch import watched
 from peerturb_node.local import open_log, restore
 from peerturb_node.session import Ended, Node
 from peerturb_node.settings import NodeSettings
@@ -26,6 +27,7 @@ def run_node(
     settings: NodeSettings,
     *,
     is_json: bool = False,
+    is_verbose: bool = False,
     stream: TextIO = sys.stdout,
     make_compute: MakeCompute | None = None,
 ) -> int:
@@ -34,13 +36,14 @@ def run_node(
     Args:
         settings: the node's.
         is_json: print events as JSON lines.
+        is_verbose: print details too.
         stream: where to print.
         make_compute: gives the compute for the run's RunSpec, instead of the settings' model and data.
 
     Raises:
         PeerturbError: what keeps the node from taking part; it has been told as an event, too.
     """
-    events = Events(_sink(is_json=is_json, stream=stream))
+    events = Events(_sink(is_json=is_json, least="debug" if is_verbose else "info", stream=stream))
     try:
         return asyncio.run(_monitored(settings, events, make_compute))
     except PeerturbError as error:
@@ -71,6 +74,7 @@ async def _run(settings: NodeSettings, events: Events, make_compute: MakeCompute
         )
         description = await describe(address, wait_s=settings.wait_s)
         spec = description.spec
+        events.bind(run=spec.name)
         events.emit(
             "start",
             version=peerturb.__version__,
@@ -79,6 +83,7 @@ async def _run(settings: NodeSettings, events: Events, make_compute: MakeCompute
             coordinator=settings.coordinator,
             run=spec.name,
             spec=spec.digest.hex(),
+            rounds=spec.round.count,
             state=str(folder.path),
             compute="custom" if make_compute is not None else settings.compute,
             device=settings.device,
@@ -137,7 +142,8 @@ async def _take_part(
                 signals.install()
             else:
                 signals.hand_on(node)
-            ended = await node.run()
+            async with watched(node, settings, compute, events):
+                ended = await node.run()
         finally:
             log.close()
         if ended.refusal is not RejectCode.LOG_DIVERGED or is_second or not log.ledger.position:
@@ -190,13 +196,13 @@ def _make_compute(settings: NodeSettings, spec: RunSpec, events: Events) -> Comp
     return compute
 
 
-def _sink(*, is_json: bool, stream: TextIO) -> Sink:
+def _sink(*, is_json: bool, least: str, stream: TextIO) -> Sink:
     if is_json:
-        return JsonSink(stream)
+        return JsonSink(stream, least=least)
     if stream.isatty():
         from rich.console import Console
 
         from peerturb_node.view import LiveSink
 
-        return LiveSink(Console(file=stream))
-    return PlainSink(stream)
+        return LiveSink(Console(file=stream), least=least)
+    return PlainSink(stream, least=least)

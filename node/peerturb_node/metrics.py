@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from peerturb.errors import RejectCode
 from peerturb.wire.metrics import SECONDS, build_info
 from peerturb_node.events import Event
+from peerturb_node.idle.rule import REASONS
 
 
 class Metrics:
@@ -36,6 +37,7 @@ class Metrics:
         self._peers = gauge("peerturb_round_peers", "Peers whose codes are in the newest applied round.")
         self._connected = gauge("peerturb_connected", "1 while the coordinator has this node in a session.")
         self._training = gauge("peerturb_training", "1 while this node is in a session and up to date.")
+        self._paused = gauge("peerturb_paused", "1 while this node gives way to other work (`--idle`).")
         self._behind = gauge("peerturb_rounds_behind", "Rounds to apply when the session began.")
         self._tokens_per_s = gauge("peerturb_tokens_per_second", "Tokens through the model while probes are measured.")
         self._eval = Gauge("peerturb_eval", "Newest held-out evaluation of this node.", ["metric"], registry=registry)
@@ -53,6 +55,9 @@ class Metrics:
         self._rejects = Counter("peerturb_rejects_total", "Refusals by the coordinator.", ["code"], registry=registry)
         self._mismatches = counter("peerturb_digest_mismatch_total", "Times this node's weights were not the run's.")
         self._rebuilds = counter("peerturb_rebuilds_total", "Times the weights were made anew from the log.")
+        self._pauses = Counter(
+            "peerturb_pauses_total", "Times this node gave way to other work.", ["reason"], registry=registry
+        )
         self._disconnects = counter("peerturb_disconnects_total", "Sessions that ended or never stood.")
         self._checkpoints = counter("peerturb_checkpoints_total", "Checkpoints written.")
         self._probe_s = Histogram(
@@ -65,6 +70,8 @@ class Metrics:
             self._rounds.labels(own)
         for direction in ("up", "down"):
             self._bytes.labels(direction, "session")
+        for reason in REASONS:
+            self._pauses.labels(reason)
         for metric in ("loss", "accuracy"):
             self._eval.labels(metric).set(math.nan)
         for code in RejectCode:
@@ -95,6 +102,14 @@ class Metrics:
                 self._disconnects.inc()
                 self._connect(False)
                 self._stand(f"not connected: {event['why']}")
+            case "paused":
+                self._connect(False)
+                self._paused.set(1)
+                self._pauses.labels(event["reason"]).inc()
+                self._stand(f"paused: {event['why']}")
+            case "resumed":
+                self._paused.set(0)
+                self._stand("the node joins again after a pause")
             case "refused":
                 self._rejects.labels(event["code"]).inc()
                 if event["code"] == RejectCode.DIGEST_MISMATCH.name.lower():

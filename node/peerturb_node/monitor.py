@@ -3,8 +3,6 @@
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-import structlog
-
 from peerturb.wire.http import HttpServer
 from peerturb.wire.metrics import new_registry, scrape_page
 from peerturb_node.events import Events
@@ -27,10 +25,9 @@ async def monitored(address: str, events: Events) -> "AsyncIterator[None]":
     """
     registry = new_registry()
     metrics = Metrics(registry)
-    logger = structlog.get_logger("monitor")
 
     def failed(path: str, error: Exception) -> None:
-        logger.error("a page failed; training goes on", path=path, exc_info=error)
+        events.emit("notice", code="monitor", text=f"the page {path} failed, training goes on: {error!r}")
 
     server = HttpServer(
         address, routes=[("/metrics", scrape_page(registry))], readiness=lambda: metrics.why_not, on_failure=failed

@@ -25,15 +25,23 @@ class Progress:
         self._probes_per_s = 0.0
         self._tokens_per_s = 0.0
         self._joined_s: float | None = None
+        self._paused_s: float | None = None
+        self._down_why: str | None = None
         self.codes_up = 0
         self.codes_down = 0
 
     def joined(self, *, slot: Slot, position: int, head: int, behind: int) -> None:
         """The coordinator let us in."""
-        self._joined_s = self._now_s()
+        self._joined_s, self._down_why = self._now_s(), None
+        self._events.bind(slot=slot)
         self._events.emit("joined", slot=slot, position=position, head=head)
         if behind:
-            self._events.emit("behind", round=None, rounds=behind)
+            self._events.emit("behind", rounds=behind)
+
+    def disconnected(self, why: str, retry_ms: int | None) -> None:
+        """A session ended, or an attempt to begin one failed; the same reason twice is no news."""
+        self._events.emit("disconnected", why=why, retry_ms=retry_ms, again=why == self._down_why)
+        self._down_why = why
 
     def training(self, work: Measure) -> None:
         """Work on a round begins; the first time after joining it is news."""
@@ -66,6 +74,7 @@ class Progress:
 
     def applied(self, sealed: RoundSealed, digest: int | None, slot: Slot | None, seconds: float) -> None:
         """The weights have a round more."""
+        self._events.bind(round=sealed.round + 1)
         self._events.emit(
             "round",
             round=sealed.round + 1,
@@ -81,6 +90,17 @@ class Progress:
             bytes_up=self._traffic.up,
             bytes_down=self._traffic.down,
         )
+
+    def paused(self, reason: str, why: str) -> None:
+        """Other work has the machine."""
+        self._paused_s = self._now_s()
+        self._events.emit("paused", reason=reason, why=why)
+
+    def resumed(self, why: str) -> None:
+        """The machine is free again; no news to a node that does not rest."""
+        if self._paused_s is not None:
+            seconds, self._paused_s = self._now_s() - self._paused_s, None
+            self._events.emit("resumed", why=why, seconds=round(seconds, 3))
 
     def evaluated(self, rounds: int, result: HeldOut, seconds: float) -> None:
         """Held-out data were looked at."""

@@ -6,11 +6,9 @@ It holds no rules: who may speak when, what to measure, when to try again are th
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import assert_never
-
-import structlog
+from typing import Any, assert_never
 
 from peerturb.errors import RejectCode
 from peerturb.manifest import manifest_digest
@@ -24,6 +22,7 @@ from peerturb.protocol.outputs import (
     Connect,
     Disconnect,
     Evaluate,
+    HangUp,
     Measure,
     Notice,
     PeerOutput,
@@ -31,7 +30,7 @@ from peerturb.protocol.outputs import (
     Say,
     Stop,
 )
-from peerturb.protocol.peer import PeerMachine
+from peerturb.protocol.peer import PeerMachine, Session
 from peerturb.protocol.records import RoundSealed
 from peerturb.spec import RunSpec
 from peerturb_node.checkpoints import Checkpoints
@@ -67,7 +66,22 @@ class _LeaveAsked:
     why: str
 
 
-_Input = LinkEvent | Done | Failed | _Tick | _LeaveAsked
+@dataclass(frozen=True, slots=True)
+class _PauseAsked:
+    """Other work wants the machine."""
+
+    reason: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class _ResumeAsked:
+    """The machine is free again."""
+
+    why: str
+
+
+_Input = LinkEvent | Done | Failed | _Tick | _LeaveAsked | _PauseAsked | _ResumeAsked
 
 
 class Node:
@@ -92,7 +106,6 @@ class Node:
         self.is_leaving = False
         self._address, self._spec, self._identity = address, spec, identity
         self._compute, self._log, self._events = compute, log, events
-        self._logger = structlog.get_logger("node").bind(run=spec.name, key=identity.short)
         self._machine = PeerMachine(
             spec,
             key=identity.public,
@@ -117,6 +130,7 @@ class Node:
         )
         self._checkpoints = Checkpoints(settings, log, compute, self._worker, events)
         self._link: Link | None = None
+        self._release: Callable[[], None] = getattr(compute, "release", lambda: None)  # of computes on tensors
         self._timer: asyncio.TimerHandle | None = None
         self._due_ms: int | None = None
         self._ended: Ended | None = None
@@ -126,6 +140,14 @@ class Node:
         """Say goodbye and end. Called on the event loop's thread."""
         self.is_leaving = True
         self._inbox.put_nowait(_LeaveAsked(why))
+
+    def pause(self, reason: str, why: str) -> None:
+        """Take no part until `resume`, without being missed. Called on the event loop's thread."""
+        self._inbox.put_nowait(_PauseAsked(reason, why))
+
+    def resume(self, why: str) -> None:
+        """Take part again after a `pause`. Called on the event loop's thread."""
+        self._inbox.put_nowait(_ResumeAsked(why))
 
     async def run(self) -> Ended:
         """Take part until the end; then write a checkpoint.
@@ -169,8 +191,17 @@ class Node:
                 self._due_ms = None
                 self._perform(())
             case _LeaveAsked(why=why):
-                self._logger.info("leaving", why=why)
+                self._events.emit("leaving", why=why)
                 self._perform(self._machine.leave())
+            case _PauseAsked(reason=reason, why=why):
+                outputs = self._machine.pause()
+                if self._machine.status.session is Session.PAUSED:
+                    self._progress.paused(reason, why)
+                self._perform(outputs)
+                self._chore(self._worker.call(self._release))
+            case _ResumeAsked(why=why):
+                self._progress.resumed(why)
+                self._perform(self._machine.resume(now_ms))
             case _:
                 assert_never(item)
 
@@ -187,9 +218,7 @@ class Node:
                 self._link = None
                 outputs = machine.disconnected(why, now_ms)
                 retry_ms = machine.deadline_ms()
-                self._events.emit(
-                    "disconnected", why=why, retry_ms=None if retry_ms is None else max(0, retry_ms - now_ms)
-                )
+                self._progress.disconnected(why, None if retry_ms is None else max(0, retry_ms - now_ms))
                 return outputs
             case Received(link=link, message=Challenge(nonce=nonce)):
                 signed = challenge_bytes(nonce=nonce, spec_digest=self._spec.digest, key=self._identity.public)
@@ -268,11 +297,15 @@ class Node:
                 self._events.emit("connecting", coordinator=self._address.target)
                 self._link = Link(self._address, self._traffic, self._deliver)
             case Disconnect(why=why):
-                self._events.emit("disconnected", why=why, retry_ms=None)
+                self._progress.disconnected(why, None)
                 self._drop_link()
+            case HangUp():
+                if self._link is not None:
+                    self._chore(self._link.finish())
+                    self._link = None
             case Notice(code=code, text=text):
-                self._logger.info(text, code=code)
-                if code != "disconnected":  # told already, with the link's own words
+                # The others are told already: with the link's own words, and as the refusal it was.
+                if code != "disconnected" and not code.startswith("refused_"):
                     self._events.emit("notice", code=code, text=text)
             case Stop(code=code, why=why):
                 self._ended = Ended(refusal=code, why=why)
@@ -297,10 +330,14 @@ class Node:
     def _drop_link(self) -> None:
         if self._link is None:
             return
-        task = asyncio.create_task(self._link.abort())
+        self._chore(self._link.abort())
+        self._link = None
+
+    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something beside the loop."""
+        task = asyncio.create_task(work)
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
-        self._link = None
 
     def _set_timer(self) -> None:
         """Keep exactly one timer, at the machine's deadline."""

@@ -92,6 +92,17 @@ class NodeSettings(BaseSettings):
     """Template that replaces the RunSpec's for this node's data."""
     export: Path | None = None
     """At the end, write the model here as a Hugging Face folder."""
+    idle: bool = False
+    """Give way to other work: pause while other processes use the card (the CPU, for a node without one) or the
+    computer runs on battery."""
+    idle_pause_percent: float = Field(default=20.0, gt=0, le=100)
+    """Use by others, of the card or of all cores, from which on the node pauses."""
+    idle_resume_percent: float = Field(default=10.0, ge=0, lt=100)
+    """Use by others up to which a paused node goes on."""
+    idle_pause_s: float = Field(default=10.0, gt=0, le=86_400)
+    """Seconds over which the first of them is averaged."""
+    idle_resume_s: float = Field(default=60.0, gt=0, le=86_400)
+    """Seconds over which the second is averaged; also how long mains power must last."""
     compute: Literal["torch", "toy", "stub"] = "torch"
     """`toy` and `stub` stand in for a model in tests and protocol benchmarks."""
     wait_s: float = Field(default=30.0, ge=0, le=86_400)
@@ -137,6 +148,15 @@ class NodeSettings(BaseSettings):
     def _token_has_one_source(self) -> Self:
         if self.token_file and self.token.get_secret_value():
             raise ValueError("give either token or token_file, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _idle_thresholds_are_apart(self) -> Self:
+        if self.idle_resume_percent >= self.idle_pause_percent:
+            raise ValueError(
+                f"idle_resume_percent ({self.idle_resume_percent:g}) is not below idle_pause_percent "
+                f"({self.idle_pause_percent:g}): the node would pause and go on in turns"
+            )
         return self
 
     @classmethod

@@ -66,6 +66,7 @@ class StopSignals:
             text = f"{number.name}: the node ends once {self._held_for}{again}"
             self._events.emit("notice", code="stop_held_off", text=text)
         elif self._held_for or self._node.is_leaving:
+            self._events.close()  # a terminal is given back even so
             self._end(128 + number)
         else:
             self._is_told = number is signal.SIGINT

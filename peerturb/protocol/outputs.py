@@ -65,6 +65,11 @@ class Disconnect:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HangUp:
+    """Peer's machine: end the session once what was said is sent; no `Connect` follows before `resume`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Say:
     """Peer's machine: send a message on the open session."""
 
@@ -123,4 +128,6 @@ class Stop:
 
 
 Work = Measure | Apply | Evaluate | Rebuild
-PeerOutput = Append | Connect | Disconnect | Say | Measure | Apply | Evaluate | Rebuild | CancelMeasure | Stop | Notice
+PeerOutput = (
+    Append | Connect | Disconnect | HangUp | Say | Measure | Apply | Evaluate | Rebuild | CancelMeasure | Stop | Notice
+)

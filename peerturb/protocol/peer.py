@@ -11,15 +11,14 @@ from typing import assert_never
 
 from peerturb import limits
 from peerturb.errors import RejectCode
-from peerturb.floats import f32
-from peerturb.ids import PeerKey, RoundNumber, Slot, short_hex
+from peerturb.ids import PeerKey, Slot, short_hex
 from peerturb.noise import Estimator
 from peerturb.protocol.backoff import HANDSHAKE_MS_MAX, is_worth_retrying, wait_ms
+from peerturb.protocol.evaluating import Evaluating
 from peerturb.protocol.ledger import Ledger
 from peerturb.protocol.measuring import Measuring
 from peerturb.protocol.messages import (
     Challenge,
-    Evaluation,
     Hello,
     Leave,
     Records,
@@ -31,7 +30,7 @@ from peerturb.protocol.outputs import (
     Append,
     Connect,
     Disconnect,
-    Evaluate,
+    HangUp,
     Notice,
     PeerOutput,
     Say,
@@ -99,15 +98,13 @@ class PeerMachine:
         self._base_digest, self._manifest_digest = base_digest, manifest_digest
         self._measuring = Measuring(spec, estimator, probes_max)
         self._replica = Replica(self.ledger.sealed_rounds, unapplied, digest)
-        self._evaluates = evaluates and spec.objective.eval_every > 0
+        self._evaluating = Evaluating(every=spec.objective.eval_every if evaluates else 0)
         self._session = Session.WAITING
         self._attempt, self._connect_at_ms = 0, 0
         self._give_up_at_ms = 0
         self._refusals = 0
         self._head = 0
         self._inbox: deque[Record] = deque()
-        self._evaluating = False
-        self._evaluated_at = -1
         self._trend_news = TrendNews()
 
     # --- what the shell tells ---------------------------------------------------------------------------------------
@@ -135,7 +132,7 @@ class PeerMachine:
 
     def disconnected(self, why: str, now_ms: int) -> Sequence[PeerOutput]:
         """The stream has ended, or could not be opened."""
-        if self._session in (Session.STOPPED, Session.WAITING):
+        if not self._session.has_stream:
             return []
         self._wait(now_ms)
         return [
@@ -144,7 +141,7 @@ class PeerMachine:
 
     def receive(self, message: ToPeer, now_ms: int) -> Sequence[PeerOutput]:
         """Take in a message of the current session. The shell answers `Challenge` itself."""
-        if self._session in (Session.STOPPED, Session.WAITING):
+        if not self._session.has_stream:
             return []
         match message:
             case Challenge():
@@ -166,6 +163,28 @@ class PeerMachine:
     def leave(self) -> Sequence[PeerOutput]:
         """The user wants to stop."""
         return self._stop(None, "left")
+
+    def pause(self) -> Sequence[PeerOutput]:
+        """Take no part until `resume`: say goodbye, so that nobody waits, and measure nothing. What is at hand is
+        still applied; what is sealed meanwhile comes afterwards. A peer that has seen the run's end goes on to its own.
+        """
+        if self._session in (Session.PAUSED, Session.STOPPED) or self.ledger.is_finished:
+            return []
+        outputs = self._measuring.cancel()
+        if self._session is Session.JOINED:
+            outputs.append(Say(message=Leave()))
+        if self._session.has_stream:
+            outputs.append(HangUp())
+        self._part()
+        self._session = Session.PAUSED
+        self._inbox.clear()
+        return outputs
+
+    def resume(self, now_ms: int) -> Sequence[PeerOutput]:
+        """Take part again after a `pause`."""
+        if self._session is Session.PAUSED:
+            self._session, self._connect_at_ms, self._attempt = Session.WAITING, now_ms, 0
+        return []
 
     # --- decisions --------------------------------------------------------------------------------------------------
 
@@ -204,7 +223,7 @@ class PeerMachine:
                 return None if self.ledger.is_finished else self._connect_at_ms
             case Session.CONNECTING | Session.JOINING:
                 return self._give_up_at_ms
-            case Session.JOINED | Session.STOPPED:
+            case Session.JOINED | Session.PAUSED | Session.STOPPED:
                 return None
             case _:
                 assert_never(self._session)
@@ -251,7 +270,11 @@ class PeerMachine:
         self._session = Session.WAITING
         self._connect_at_ms = now_ms + wait_ms(self._key, self._attempt)
         self._attempt += 1
-        self._replica.is_live = False  # what was sealed meanwhile is old news
+        self._part()
+
+    def _part(self) -> None:
+        """The session is over: what is sealed until the next one is old news."""
+        self._replica.is_live = False
         self._measuring.disconnected()
 
     def _reconnect(self, why: str, now_ms: int) -> list[PeerOutput]:
@@ -317,7 +340,7 @@ class PeerMachine:
 
     def _rebuild(self) -> list[PeerOutput]:
         """Once nothing else is being done, replay the local log."""
-        is_working = self._replica.is_applying or self._measuring.round is not None or self._evaluating
+        is_working = self._replica.is_applying or self._measuring.round is not None or self._evaluating.is_running
         if is_working or self._replica.rebuilding:
             return self._measuring.cancel()
         return self._replica.rebuild()
@@ -335,19 +358,12 @@ class PeerMachine:
         return self._measuring.step(opened, self._replica.digest) or self._evaluation()
 
     def _evaluation(self) -> list[PeerOutput]:
-        rounds = self._replica.rounds
-        is_last = self.ledger.is_finished
-        if not self._evaluates or self._evaluating or rounds == self._evaluated_at:
-            return []
-        if rounds % self.spec.objective.eval_every and not is_last:
-            return []
-        self._evaluating, self._evaluated_at = True, rounds
-        return [Evaluate(round=RoundNumber(rounds))]
+        return self._evaluating.step(self._replica.rounds, is_last=self.ledger.is_finished)
 
     def _finish(self) -> list[PeerOutput]:
         """Everything is applied: evaluate once more, then say goodbye."""
         outputs = self._evaluation()
-        if outputs or self._evaluating or self._measuring.round is not None:
+        if outputs or self._evaluating.is_running or self._measuring.round is not None:
             return outputs
         return self._stop(None, f"the run is finished after {self.ledger.sealed_rounds} rounds")
 
@@ -361,28 +377,15 @@ class PeerMachine:
                 self._replica.applied(result)
                 return []
             case EvaluatedResult():
-                return self._completed_evaluation(result)
+                return self._evaluating.completed(result, is_joined=self._session is Session.JOINED)
             case Rebuilt():
                 return self._completed_rebuild(result)
             case _:
                 assert_never(result)
 
-    def _completed_evaluation(self, result: EvaluatedResult) -> list[PeerOutput]:
-        self._evaluating = False
-        if self._session is not Session.JOINED or not result.examples:
-            return []
-        message = Evaluation(
-            round=result.round,
-            loss=f32(result.loss),
-            accuracy=None if result.accuracy is None else f32(result.accuracy),
-            examples=result.examples,
-        )
-        return [Say(message=message)]
-
     def _completed_rebuild(self, result: Rebuilt) -> list[PeerOutput]:
-        assert result.rounds == self.ledger.sealed_rounds, (
-            f"rebuilt {result.rounds} of {self.ledger.sealed_rounds} rounds"
-        )
+        wanted_rounds = self.ledger.sealed_rounds
+        assert result.rounds == wanted_rounds, f"rebuilt {result.rounds} of {wanted_rounds} rounds"
         first = self.spec.first_digest
         if result.rounds == 0 and first is not None and result.digest != first:
             ours, wanted = short_hex(result.digest), short_hex(first)

@@ -16,7 +16,14 @@ class Session(Enum):
     JOINING = "joining"
     """The stream stands, the Hello is on its way."""
     JOINED = "joined"
+    PAUSED = "paused"
+    """Not connected, at our own wish; connects again when told to go on."""
     STOPPED = "stopped"
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether a stream stands, or is being opened."""
+        return self in (Session.CONNECTING, Session.JOINING, Session.JOINED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from peerturb.manifest import Manifest, Parameter
 from peerturb.zo.coverage import Trial, text_trial
 from peerturb.zo.kinds import kind_of, shared_tables
-from peerturb.zo.objective import Objective, Rows, TokenSequence
+from peerturb.zo.objective import Objective, TokenSequence
 from peerturb.zo.perturbation import Perturbation
 from peerturb.zo.perturbed import PerturbedForward, owners_of
+from peerturb.zo.recorded import Recorder
+from peerturb.zo.rows import Rows
 
 Item = TypeVar("Item", contravariant=True)
 
@@ -95,6 +97,8 @@ class Runner:
         if not self.shared:  # such tables are used far from where they are looked up
             heads = [] if self.head is None else [self.head]
             self.owners = owners_of(model, [tensor for _, tensor in self.parameters] + heads)
+        tensors = [tensor for _, tensor in self.parameters]
+        self.recorder = Recorder(self._losses, tensors) if self.device.type == "cuda" else None
         self._head_owners = () if self.head is None else owners_of(model, [self.head])
 
     def size(self, item: TokenSequence) -> Size:
@@ -112,11 +116,15 @@ class Runner:
             sequences: the examples; under a perturbation those of its probes, one probe after the other.
         """
         rows = self.place(self.objective.rows(sequences))
-        if perturbation is None:
-            return self.objective.losses(self.logits(rows), rows)
-        rows = each_side(rows, perturbation)
-        losses = self.objective.losses(self.logits(rows, perturbation), rows)
-        return losses.view(perturbation.probes, perturbation.sides, -1)
+        if perturbation is not None:
+            rows = each_side(rows, perturbation)
+        measure = self._losses if self.recorder is None else self.recorder.losses
+        losses = measure(rows, perturbation)
+        return losses if perturbation is None else losses.view(perturbation.probes, perturbation.sides, -1)
+
+    def _losses(self, rows: Rows, perturbation: Perturbation | None) -> Tensor:
+        """Return the losses of a batch on the device, every side's rows written out: [examples * sides]."""
+        return self.objective.losses(self.logits(rows, perturbation), rows)
 
     def graph_losses(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Return plain losses, [examples], with gradients where the caller has them switched on."""
@@ -175,9 +183,11 @@ class Runner:
 
 def each_side(rows: Rows, perturbation: Perturbation) -> Rows:
     """Repeat each probe's rows for each of its sides: first measured at +epsilon, then at -epsilon."""
+    probes, sides = perturbation.probes, perturbation.sides
 
     def repeat(value: Tensor) -> Tensor:
-        return value[torch.tensor(perturbation.each_side(len(value)), device=value.device)]
+        shape = (probes, sides, len(value) // probes, *value.shape[1:])
+        return value.view(probes, 1, *shape[2:]).expand(shape).reshape(sides * len(value), *value.shape[1:])
 
     return replace(
         rows,

@@ -51,9 +51,17 @@ class TrialSigns:
     """Reproducible signs for the trial; the run's own generator is not needed here."""
 
     def __init__(
-        self, manifest: Sequence[Parameter], probes: int, *, epsilon: float, only: str | None = None, seed: int = 1
+        self,
+        manifest: Sequence[Parameter],
+        probes: int,
+        *,
+        epsilon: float,
+        device: torch.device,
+        only: str | None = None,
+        seed: int = 1,
     ) -> None:
         self.epsilon = epsilon
+        self._device = device
         self._generator = torch.Generator().manual_seed(seed)
         self._only = only
         self._left = {p.index: self._signs(p, probes, p.stacked[0] * p.stacked[1]) for p in manifest}
@@ -61,7 +69,7 @@ class TrialSigns:
 
     def _signs(self, parameter: Parameter, probes: int, count: int) -> Tensor:
         signs = torch.randint(0, 2, (probes, count), generator=self._generator, dtype=torch.int8) * 2 - 1
-        return signs if self._only in (None, parameter.name) else signs * 0
+        return (signs if self._only in (None, parameter.name) else signs * 0).to(self._device)
 
     def left(self, parameter: Parameter) -> Tensor:
         """See `Signs`."""
@@ -218,7 +226,7 @@ def check_trial(
     """
     manifest = [entry for entry, _ in parameters]
     attempts = [
-        TrialSigns(manifest, PROBES, epsilon=epsilon, seed=seed)
+        TrialSigns(manifest, PROBES, epsilon=epsilon, device=parameters[0][1].device, seed=seed)
         for seed, epsilon in enumerate(TRIAL_EPSILONS[parameters[0][1].dtype], 1)
     ]
     try:
@@ -254,7 +262,7 @@ def check_written(trial: Trial, parameters: Parameters, error: UnfollowedError) 
     """
     manifest, dtype = [entry for entry, _ in parameters], parameters[0][1].dtype
     numbers = torch.arange(EXAMPLES_MAX)
-    signs = TrialSigns(manifest, 1, epsilon=TRIAL_EPSILONS[dtype][0])
+    signs = TrialSigns(manifest, 1, epsilon=TRIAL_EPSILONS[dtype][0], device=parameters[0][1].device)
     noise = partial(signs.dense, probe=0)
     with Replaced(parameters, noise, signs.epsilon):
         trial(numbers)
@@ -341,7 +349,7 @@ def _culprit(trial: Trial, parameters: Parameters, family: str, shared: Collecti
     manifest = [entry for entry, _ in parameters]
     epsilon = max(TRIAL_EPSILONS[parameters[0][1].dtype])  # what a single parameter does must stand out
     for entry in manifest:
-        signs = TrialSigns(manifest, PROBES, epsilon=epsilon, only=entry.name)
+        signs = TrialSigns(manifest, PROBES, epsilon=epsilon, device=parameters[0][1].device, only=entry.name)
         result, _ = _perturbed(trial, parameters, signs, family, shared, sides)
         if not _agrees(trial, parameters, signs, result):
             return UnfollowedError(

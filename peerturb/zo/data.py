@@ -69,6 +69,27 @@ def read_examples(path: Path, objective: ObjectiveSpec) -> list[Example]:
     return examples
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a data file's JSON objects as they are, before any template.
+
+    Raises:
+        DataError: no such file, bad lines (the first ten are listed), nothing in it.
+    """
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for number, line in _lines(path):
+        if line.strip():
+            try:
+                rows.append(_parse(line))
+            except DataError as error:
+                faults.append(f"{path}:{number}: {error}")
+    if faults:
+        raise DataError(faults_message(path, faults))
+    if not rows:
+        raise DataError(f"{path} has no examples; one JSON object a line is expected")
+    return rows
+
+
 def faults_message(path: Path | str, faults: list[str]) -> str:
     """List the first faults of a file, one a line."""
     shown = "\n  ".join(faults[:FAULTS_SHOWN_MAX])
@@ -110,7 +131,7 @@ def _fill(fields: dict[str, Any], objective: ObjectiveSpec, where: str) -> Examp
             raise DataError("the completion is empty")
         return Example(prompt=prompt, completion=completion, where=where)
     if objective.kind in ("labels", "classes"):
-        label = _text(fields, objective.label_field)
+        label = text_of(fields, objective.label_field)
         known = objective.labels if objective.kind == "labels" else objective.classes
         if label not in known:
             raise DataError(f"label {label!r} is not one of {', '.join(map(repr, known))}")
@@ -142,11 +163,16 @@ def render(template: str, fields: dict[str, Any]) -> str:
     for literal, field, _, _ in string.Formatter().parse(template):
         parts.append(literal)
         if field is not None:
-            parts.append(_text(fields, field))
+            parts.append(text_of(fields, field))
     return "".join(parts)
 
 
-def _text(fields: dict[str, Any], name: str) -> str:
+def text_of(fields: dict[str, Any], name: str) -> str:
+    """Return a field as templates and labels read it.
+
+    Raises:
+        DataError: it is missing, or neither text nor a number.
+    """
     if name not in fields:
         raise DataError(f"the field {name!r} is missing; the line has {', '.join(map(repr, fields)) or 'none'}")
     value = fields[name]

@@ -40,7 +40,7 @@ def use_row_experts(model: nn.Module) -> None:
     """Let every expert layer of a transformers model run through `experts_forward`; others stay as they are."""
     for module in model.modules():
         # What transformers' decorator for expert layers leaves on each of them.
-        if hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed"):
+        if all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed")):
             config: Any = module.config
             config._experts_implementation = IMPLEMENTATION
 
@@ -110,7 +110,7 @@ def experts_forward(layer: Any, hidden: Tensor, chosen: Tensor, weights: Tensor)
     y = expert_linear(y, layer.down_proj, routing, is_transposed=layer.is_transposed)
     if layer.has_bias:
         y = y + expert_bias(layer.down_proj_bias, routing)
-    if layer.has_post_expert_norm:
+    if getattr(layer, "has_post_expert_norm", False):  # older transformers have none
         y = layer.post_expert_norm(y)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)

@@ -65,6 +65,11 @@ class PagedSigns:
         self._device = device
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
 
+    @property
+    def page_count(self) -> int:
+        """How many pages there are."""
+        return len(self._pages.tables)
+
     def place(self, parameter: Parameter, side: Side) -> tuple[int, slice]:
         """Return the page and the columns of one factor."""
         return self._pages.places[parameter.index, side]

@@ -69,7 +69,7 @@ class RankOne(Perturbation):
 
     def takes_shift(self, x: Tensor, shift: Tensor) -> bool:
         """See the base class."""
-        rowwise = fast.rowwise()
+        rowwise = fast.rowwise(self.device)
         return rowwise is not None and rowwise.takes(x) and shift.dtype == x.dtype and shift.is_contiguous()
 
     def add_linear(
@@ -83,7 +83,7 @@ class RankOne(Perturbation):
         shift: Tensor | None = None,
     ) -> None:
         """See the base class. One pass over x, one over y."""
-        rowwise = fast.rowwise()
+        rowwise = fast.rowwise(self.device)
         if rowwise is not None and rowwise.takes(x, y):
             a, b = self._sign_rows(parameter, "left"), self._sign_rows(parameter, "right")
             a, b = (b, a) if transposed else (a, b)
@@ -122,9 +122,9 @@ class RankOne(Perturbation):
         """See the base class."""
         # Signs are picked before they are converted: there is one for each word, and few words in a batch.
         picked = self.signs.left(parameter).gather(1, ids)[:, :, None].to(y.dtype)
-        rowwise = fast.rowwise()
+        rowwise = fast.rowwise(self.device)
         if rowwise is not None and rowwise.takes(y):
-            ones = torch.ones((self.probes, 1), dtype=torch.int8)
+            ones = torch.ones((self.probes, 1), dtype=torch.int8, device=y.device)
             a = self._sign_rows(parameter, "right")
             self._add_rowwise(rowwise, picked, y, a, (ones, 0), self.step(parameter))
             return

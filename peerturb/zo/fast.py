@@ -24,12 +24,26 @@ def compiled() -> ModuleType | None:
     return compiled
 
 
+def rowwise(device: torch.device) -> ModuleType | None:
+    """Return what corrects activations on a device in one pass: `peerturb.zo.rowwise` or `peerturb.zo.cuda.rowwise`.
+
+    None where torch's own operations must: Numba is not installed or cannot use torch's threads, or see `kernels`.
+    """
+    if device.type == "cuda":
+        return None if kernels(device) is None else _cuda_rowwise()
+    return _cpu_rowwise() if _has_crew() else None
+
+
 @lru_cache(maxsize=1)
-def rowwise() -> ModuleType | None:
-    """Return `peerturb.zo.rowwise`, or None where Numba is not installed or torch's threads cannot be used."""
-    if not _has_crew():
-        return None
+def _cpu_rowwise() -> ModuleType:
     from peerturb.zo import rowwise
+
+    return rowwise
+
+
+@lru_cache(maxsize=1)
+def _cuda_rowwise() -> ModuleType:
+    from peerturb.zo.cuda import rowwise
 
     return rowwise
 

@@ -40,10 +40,7 @@ class Fused:
         for tile, (left, right) in zip(group.tiles, group.pairs, strict=True):
             flat, noise, scale = flats[tile.parameter.index], *self._rounding(tile.parameter)
             if right is None:
-                total = signs[left].sum(1, dtype=torch.int32)
-                self.kernels.subtract(
-                    flat, tile.first, total, scale, noise, self.chunk, self.table.round, self.table.run_key
-                )
+                self.kernels.vector_update(flat, tile.first, signs[left], self.table, scale, noise, self.chunk)
             else:
                 self.kernels.rank1_update(
                     flat, tile.first, signs[left], signs[right], self.table, scale, noise, self.chunk

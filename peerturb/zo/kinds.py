@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
 
 from peerturb.errors import ModelError
 from peerturb.spec import RunSpec
+from peerturb.zo.positions import POSITIONS
 
 ModelKind = Literal["causal", "seq2seq", "classes"]
 """`causal`: a decoder that predicts the next token; `seq2seq`: an encoder reads, a decoder writes; `classes`: a head
@@ -23,9 +24,6 @@ SHARED_TABLE = "relative_attention_bias"
 
 ABSOLUTE_TABLE = re.compile(r"(.*\.)?(wpe|\w*position\w*)")
 """How modules are named that hold one vector for each place of a sequence."""
-
-POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
-"""Fields of a configuration that say how many places there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,11 @@ class Signs(Protocol):
 class PagedFactors(Signs, Protocol):
     """Signs of `rank1` of which several parameters' are made at once (`peerturb.zo.factors`)."""
 
+    @property
+    def page_count(self) -> int:
+        """How many pages there are."""
+        ...
+
     def page(self, number: int) -> Tensor:
         """Return a page: [probes, width]."""
         ...
@@ -126,7 +131,7 @@ class Perturbation:
             epsilon: if given, x is normalised first, with this added to the variance.
             is_centred: whether its mean is subtracted then.
         """
-        rowwise = fast.rowwise()
+        rowwise = fast.rowwise(self.device)
         if rowwise is None or not rowwise.takes(x):
             return None
         if any(value is not None and (value.dtype != x.dtype or not value.is_contiguous()) for value in (scale, shift)):

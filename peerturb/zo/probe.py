@@ -41,7 +41,7 @@ CUT_TOKENS = {"cpu": 256, "cuda": 4_096}
 """What a forward costs however little it computes, in tokens: units are cut into more micro-batches, of more alike
 lengths, as long as the padding this saves is more."""
 
-OUTPUT_BYTES_MAX = {"cpu": 2**26, "cuda": 2**30}
+OUTPUT_BYTES_MAX = {"cpu": 2**26, "cuda": 2**32}
 """Largest output of one forward: the logits of a small model with a large vocabulary outweigh its activations."""
 
 PAGE_BYTES = {"compiled": 2**19, "cpu": 2**27, "cuda": 2**27}

@@ -85,4 +85,4 @@ def _hint(name: str, table: dict[str, Card]) -> str:
     names = [*table, THIS]
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     listed = ", ".join(sorted(table))
-    return (f"did you mean {near[0]!r}? " if near else "") + f"There are {listed}, and {THIS!r} for this machine"
+    return (f"did you mean {near[0]!r}? There" if near else "there") + f" are {listed}, and {THIS!r} for this machine"

@@ -42,8 +42,12 @@ class Checks:
         self.digests = {0: base_digest}
         """Digest of the weights by sealed rounds applied: what the first replica had."""
         self._log = log
+        self.outvoted = 0
+        """Rounds sealed on wrong weights, which right ones had no majority against: the protocol promises no more."""
         self._heard: defaultdict[PeerKey, set[bytes]] = defaultdict(set)
         """Codes of the open round, by who said them."""
+        self._votes: dict[PeerKey, int] = {}
+        """Digest of the weights that each has measured the open round on, as this process of the coordinator heard."""
         self._round = 0
 
     def heard(self, line: Line, message: FromPeer, size: int) -> None:
@@ -55,6 +59,7 @@ class Checks:
             raise BrokenInvariantError("byte_budget", text)
         if message.round == self._round and line.key is not None:
             self._heard[line.key].add(message.codes)
+            self._votes[line.key] = message.digest
 
     def announced(self, record: Record, position: int) -> None:
         """The coordinator tells the world of the record at a position."""
@@ -66,16 +71,33 @@ class Checks:
             if codes not in self._heard[self._log.ledger.members[slot].key]:
                 text = f"round {record.round} holds codes of slot {slot} that the coordinator never heard from it"
                 raise BrokenInvariantError("contributions_once", text)
+        self._majority_holds(record)
         allowed = len(record.codes) + len(record.slots) * SEALED_BYTES_PER_PEER_MAX + SEALED_BYTES_MAX
         size = len(self._log.payloads[position])
         if size > allowed:
             text = f"round {record.round} takes {size} bytes for {len(record.codes)} codes"
             raise BrokenInvariantError("byte_budget", text)
         self._heard.clear()
+        self._votes.clear()
         self._round += 1
 
+    def _majority_holds(self, record: RoundSealed) -> None:
+        """A round is sealed on the weights that the log gives if most who contributed have them."""
+        right = self.digests.get(record.round)
+        if right is None or record.digest == right:
+            return
+        sound = sum(digest == right for digest in self._votes.values())
+        if 2 * sound > len(self._votes):
+            text = (
+                f"round {record.round} is sealed on weights {short_hex(record.digest)}, though {sound} of "
+                f"{len(self._votes)} peers have measured it on the right ones, {short_hex(right)}"
+            )
+            raise BrokenInvariantError("majority_holds", text)
+        self.outvoted += 1
+
     def restarted(self, records: int) -> None:
-        """A restarted coordinator has found so many records on its disk."""
+        """A restarted coordinator has found so many records on its disk; contributions it has forgotten."""
+        self._votes.clear()
         if records < len(self._log.records):
             text = f"{len(self._log.records)} records were announced, {records} are there after a restart"
             raise BrokenInvariantError("announced_stays", text)

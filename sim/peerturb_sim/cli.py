@@ -7,6 +7,9 @@ import typer
 
 from peerturb_sim import tools
 
+SEED_MAX = 2**63 - 1
+"""Of a RunSpec."""
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Simulate a network of peers: the same run, bit for bit."
 )
@@ -15,10 +18,10 @@ app = typer.Typer(
 @app.command()
 def run(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO.toml", help="Peers, lines, faults, rounds.")],
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the scenario's seed.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=SEED_MAX, help="Instead of the scenario's seed.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the run log and result.json.")] = Path("sim-out"),
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Measure a real model's probes on so many workers of Ray.")
+        int | None, typer.Option(min=1, max=10_000, help="Measure a real model's probes on so many workers of Ray.")
     ] = None,
     address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT|auto", help="Of a Ray cluster that runs already.")
@@ -34,7 +37,7 @@ def run(
 @app.command()
 def swarm(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run.")] = 100,
-    first: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    first: Annotated[int, typer.Option(min=0, max=SEED_MAX, help="The first of them.")] = 0,
     seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this real time.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
 ) -> None:

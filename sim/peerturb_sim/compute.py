@@ -72,8 +72,8 @@ class Compute(Protocol):
     def apply(self, weights: Any, sealed: RoundSealed) -> Any:
         """Return the weights after a further sealed round."""
 
-    def corrupt(self, weights: Any) -> Any:
-        """Return the weights with one bit flipped."""
+    def corrupt(self, weights: Any, which: int) -> Any:
+        """Return the weights with one bit flipped; another bit for every other `which` (>= 0), as far as there are."""
 
     def expect(self, request: Request) -> None:
         """Hear of a measurement that has begun; `measure` or `forget` follows."""

@@ -41,6 +41,8 @@ class Coordinator:
         self.notices: list[str] = []
         self.seals: dict[SealReason, int] = dict.fromkeys(SealReason, 0)
         self.crashes = 0
+        self.down_until_us = self.refuses_until_us = 0
+        """Ends of a scenario's faults, the latest where some overlap."""
         self._counted = dict.fromkeys(SealReason, 0)
         """Of `seals`, those by the process that runs now."""
         self._incarnation = 0
@@ -90,6 +92,8 @@ class Coordinator:
 
     def hear(self, line: Line, data: bytes) -> None:
         """A message came up a line."""
+        if line.is_over:
+            return
         if self.machine is None:
             self.world.coordinator_died(line)
             return
@@ -111,6 +115,7 @@ class Coordinator:
 
     def hear_end(self, line: Line) -> None:
         """A stream ended."""
+        line.is_over = True
         if self.lines.pop(line.session, None) is not None and self.machine is not None:
             self._perform(self.machine.receive(line.session, Disconnected(), self.world.now_ms))
 

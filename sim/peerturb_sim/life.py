@@ -81,7 +81,9 @@ def _take_stay(stays: list[list[Stay]], row: list[str], where: str) -> None:
         raise SpecError(f"{where}: a time is not between 0 and {TIME_S_MAX:,} seconds: {join_text},{leave_text}")
     if not 0 <= peer < len(stays):
         raise SpecError(f"{where}: peer {peer} is not one of the group's {len(stays)}: raise count, or drop the row")
-    if leave_s is not None and leave_s <= join_s:
+    if leave_s == join_s:
+        raise SpecError(f"{where}: peer {peer} leaves at {leave_text} s, when it joins: drop the row, or correct it")
+    if leave_s is not None and leave_s < join_s:
         raise SpecError(f"{where}: peer {peer} leaves at {leave_text} s before it joins at {join_text} s: swap them")
     before = stays[peer][-1] if stays[peer] else None
     if before is not None and (before[1] is None or join_s < before[1]):
@@ -94,7 +96,6 @@ class Life:
 
     def __init__(self, world: World, peer: Peer, trace: Sequence[Stay] | None) -> None:
         self._world, self._peer = world, peer
-        self._is_here = False
         self._draws = {
             purpose: stream(world.seed, purpose, peer.index) for purpose, rate in _purposes(peer).items() if rate
         }
@@ -113,7 +114,6 @@ class Life:
             events.at(_us(arrivals.uniform(*life.arrive_s)), self._arrive)
 
     def _arrive(self) -> None:
-        self._is_here = True
         self._visit += 1
         self._peer.start()
         life, group = self._peer.group.life, self._peer.group
@@ -128,7 +128,6 @@ class Life:
                 self._after(purpose, HOUR_S / rate, action)
 
     def _leave(self) -> None:
-        self._is_here = False
         self._visit += 1
         self._peer.leave()
         if self._peer.group.life.away_s:
@@ -156,7 +155,7 @@ class Life:
 
     def _return(self, visit: int) -> None:
         if visit == self._visit:
-            self._peer.start()
+            self._peer.restart()
 
     def _pause(self) -> None:
         group = self._peer.group
@@ -204,11 +203,13 @@ def _strike(world: World, fault: FaultSpec, number: int) -> None:
         world.recorder.fault(fault.kind, "coordinator", for_s=fault.for_s)
         tear_at = draws.random() if fault.torn else None
         coordinator.crash(tear_at=tear_at)
+        coordinator.down_until_us = max(coordinator.down_until_us, events.now_us + for_us)
         events.after(for_us, _restart, world)
         return
     if fault.kind == "store_refuses":
         world.recorder.fault(fault.kind, "coordinator", for_s=fault.for_s)
         coordinator.disk.refuses = True
+        coordinator.refuses_until_us = max(coordinator.refuses_until_us, events.now_us + for_us)
         events.after(for_us, _accept, world)
         return
     peers = _choose(world, fault, draws.sample)
@@ -222,7 +223,7 @@ def _strike(world: World, fault: FaultSpec, number: int) -> None:
             peer.corrupt()
         elif fault.kind == "peer_crash" and peer.is_running:
             peer.crash()
-            events.after(for_us, peer.start)
+            events.after(for_us, peer.restart)
 
 
 def _choose(world: World, fault: FaultSpec, sample: Callable[[Sequence[Peer], int], list[Peer]]) -> list[Peer]:
@@ -232,14 +233,15 @@ def _choose(world: World, fault: FaultSpec, sample: Callable[[Sequence[Peer], in
 
 
 def _restart(world: World) -> None:
-    if world.is_calm:
+    if world.is_calm or world.events.now_us < world.coordinator.down_until_us:
         return
     world.coordinator.crash()  # if nothing was written since, it has not died yet
     world.coordinator.start()
 
 
 def _accept(world: World) -> None:
-    world.coordinator.disk.refuses = False
+    if world.events.now_us >= world.coordinator.refuses_until_us:
+        world.coordinator.disk.refuses = False
 
 
 def _us(time_s: float) -> int:

@@ -19,6 +19,7 @@ from peerturb.protocol.outputs import (
     Connect,
     Disconnect,
     Evaluate,
+    HangUp,
     Measure,
     PeerOutput,
     Rebuild,
@@ -84,6 +85,8 @@ class Peer:
         self.line: Line | None = None
         self.stop: Stop | None = None
         self.is_corrupt = False
+        self.has_left = False
+        """Whether it said goodbye, or would have had it not been down."""
         self.resumes_us = 0
         """When a paused process goes on."""
         self._generation = 0
@@ -117,6 +120,7 @@ class Peer:
         """Read the local log and take part, if it is not running; the last rounds may be left to apply."""
         if self.is_running:
             return
+        self.has_left = False
         sealed = self.world.log.sealed[: SharedLedger(self.world.log, self.kept).sealed_rounds]
         saved = len(sealed) - self.draws.randrange(min(len(sealed), UNSAVED_ROUNDS_MAX) + 1)
         self._begin_process(saved)
@@ -141,8 +145,14 @@ class Peer:
             self.kept = 0
             self._generation += 1
 
+    def restart(self) -> None:
+        """Come back after a crash, unless its time was over meanwhile or nobody comes any more."""
+        if not self.has_left and not self.world.is_calm:
+            self.start()
+
     def leave(self) -> None:
-        """Say goodbye, as after Ctrl-C."""
+        """Say goodbye, as after Ctrl-C; who is down stays down."""
+        self.has_left = True
         if self.is_running:
             assert self.machine is not None
             self.perform(self.machine.leave())
@@ -150,7 +160,7 @@ class Peer:
     def corrupt(self) -> None:
         """Flip a bit of the weights, as faulty memory does."""
         self.is_corrupt = True
-        self.weights = self.world.compute.corrupt(self.weights)
+        self.weights = self.world.compute.corrupt(self.weights, self.index)
         self.world.recorder.corrupted(self)
 
     def lie(self, liar: Liar) -> None:
@@ -349,7 +359,7 @@ class Peer:
                 self._worker.cancel(round_)
             case Connect():
                 self.line = self.world.connect(self)
-            case Disconnect():
+            case Disconnect() | HangUp():
                 if (line := self.line) is not None:
                     self.line = None
                     self.world.closed_by_peer(line)

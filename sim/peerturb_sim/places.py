@@ -4,7 +4,9 @@ It follows headers and keys line by line; what stands within an inline table or 
 """
 
 import re
+import tomllib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 _HEADER = re.compile(r"\s*(\[\[|\[)\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
 _KEY = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
@@ -42,10 +44,27 @@ def _places(text: str) -> Iterator[tuple[Path, int]]:
         elif key := _KEY.match(line):
             parts = _parts(key[1])
             paths = [(*table, *parts[:length]) for length in range(1, len(parts) + 1)]
+            paths += _within((*table, *parts), line[key.end() :])
         for path in paths:
             if path not in seen:
                 seen.add(path)
                 yield path, number
+
+
+def _within(path: Path, value: str) -> Iterator[Path]:
+    """Yield the paths of the keys of an inline table that begins and ends in a line, and of a list of such tables."""
+    try:
+        yield from _keys(path, tomllib.loads(f"value = {value}")["value"])
+    except tomllib.TOMLDecodeError:  # a value of several lines
+        return
+
+
+def _keys(path: Path, value: Any) -> Iterator[Path]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        if isinstance(value, dict) or isinstance(one, dict):
+            yield (*path, key)
+            yield from _keys((*path, key), one)
 
 
 def _open(parts: Sequence[str], counts: dict[Path, int], *, is_list: bool) -> Path:

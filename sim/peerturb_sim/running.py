@@ -161,9 +161,10 @@ def run_seeds(*, first: int, seeds: int, seconds: float | None, as_json: bool) -
     else:
         crashes, rounds = sum(one.crashes for one in outcomes), sum(one.rounds for one in outcomes)
         unnoticed = sum(len(one.unnoticed) for one in outcomes)
+        outvoted = sum(one.outvoted > 0 for one in outcomes)
         sys.stdout.write(
             f"{len(outcomes)} of {seeds} seeds, {rounds} rounds, {crashes} crashes, {unnoticed} bits flipped too late "
-            f"to be noticed: {len(broken)} broken\n"
+            f"to be noticed, {outvoted} seeds in which wrong weights once had the majority: {len(broken)} broken\n"
         )
     if broken:
         again = "\n".join(f"  {one.name}: {one.command}" for one in broken)
@@ -188,5 +189,5 @@ def summary(result: Result, out: Path) -> str:
         + f"  refused  {refused}\n"
         f"  bytes    {result.bytes_up:,} up, {result.bytes_down:,} down, log {result.log.bytes:,}\n"
         f"  faults   {len(result.faults)}\n"
-        f"  written  {out / result.log.file}, {out / RESULT_NAME}\n"
+        f"  written  {out / result.log.file}, {out / RESULT_NAME}; a page of it: peerturb sim report {out}\n"
     )

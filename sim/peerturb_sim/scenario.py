@@ -35,6 +35,10 @@ class LineSpec(Section):
     down_mbit: float = Field(default=100.0, gt=0, le=1e6)
     loss: float = Field(default=0.001, ge=0, le=0.5)
     """Probability that a packet is lost; a stream shows it as the time of a retransmission."""
+    duplication: float = Field(default=0.0, ge=0, le=0.5)
+    """Probability that a packet comes twice; a stream shows it as the time of the second one on the line."""
+    reordering: float = Field(default=0.0, ge=0, le=0.5)
+    """Probability that packets sent later overtake one; a stream holds them back until it is there."""
     cuts_per_hour: float = Field(default=0.0, ge=0, le=3_600)
     """How often a session's stream breaks."""
 
@@ -232,6 +236,9 @@ class Scenario(Section):
         if self.perturbation.sides != "two":
             text = "virtual peers measure both sides: leave it out"
             raise MisplacedError(("perturbation", "sides"), text)
+        if self.round.min_peers > total:
+            text = f"no round could be sealed with the {total} peers of this scenario: lower it, or raise a count"
+            raise MisplacedError(("round", "min_peers"), text)
         if not self.round.count:
             raise MisplacedError(("round", "count"), "0 is a run without an end: give the number of rounds to simulate")
         return self

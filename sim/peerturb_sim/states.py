@@ -30,7 +30,9 @@ class Step:
     parent: int
     """Number of the state before."""
     sealed: RoundSealed | None
-    """The round applied; None: the lowest bit of the first weight flipped."""
+    """The round applied; None: a bit flipped."""
+    element: int = 0
+    """Of the first tensor (counted round), whose lowest bit is flipped where no round is applied."""
 
 
 @dataclass(slots=True, eq=False)
@@ -110,8 +112,9 @@ class States:
     def _take(self, step: Step) -> None:
         sealed = step.sealed
         if sealed is None:
-            first = self._weights[0].detach().reshape(-1)[:1]
-            bits = first.view(torch.int32 if first.element_size() == 4 else torch.int16)
+            first = self._weights[0].detach().view(-1)
+            one = first[step.element % len(first) :][:1]
+            bits = one.view(torch.int32 if one.element_size() == 4 else torch.int16)
             bits.bitwise_xor_(1)
         else:
             apply_update(

@@ -34,9 +34,9 @@ class TorchCompute:
         weights.after.append((sealed, after))
         return after
 
-    def corrupt(self, weights: State) -> State:
-        """Return the weights with the lowest bit of the first one flipped."""
-        return self._follow(weights, None, weights.rounds)
+    def corrupt(self, weights: State, which: int) -> State:
+        """Return the weights with the lowest bit of an element of the first tensor flipped."""
+        return self._follow(weights, None, weights.rounds, element=which)
 
     def expect(self, request: Request) -> None:
         """Note what to compute before the weights move on."""
@@ -81,7 +81,7 @@ class TorchCompute:
             is_exact=request.is_exact,
         )  # fmt: skip
 
-    def _follow(self, weights: State, sealed: RoundSealed | None, rounds: int) -> State:
+    def _follow(self, weights: State, sealed: RoundSealed | None, rounds: int, *, element: int = 0) -> State:
         self._count += 1
-        self.announce(Step(number=self._count, parent=weights.number, sealed=sealed))
+        self.announce(Step(number=self._count, parent=weights.number, sealed=sealed, element=element))
         return State(self._count, rounds, self.digest_at(self._count))

@@ -1,8 +1,8 @@
 """An objective of 128 numbers: production signs, codes and update, numpy only; thousands of peers cost milliseconds.
 
 128 elements are one Philox block a probe. All sums over them are of integers (gradients in fixed point), exact in any
-order, so a measurement does not depend on what it was computed together with. `quadratic` gives the same bits on every
-machine; `logistic` calls exp and log, whose last bits differ between processors, never between two runs on one.
+order, so a measurement does not depend on what it was computed together with. Random draws call log and cos, `logistic`
+exp too: their last bits may differ between C libraries and processors, never between two runs on one machine.
 """
 
 import hashlib
@@ -98,10 +98,10 @@ class ToyCompute:
         weights.after.append((sealed, after))
         return after
 
-    def corrupt(self, weights: ToyWeights) -> ToyWeights:
+    def corrupt(self, weights: ToyWeights, which: int) -> ToyWeights:
         """Return the weights with the highest bit of a mantissa flipped: the lowest might be rounded away again."""
         values = weights.values.copy()
-        values.view(np.uint32)[0] ^= 1 << 22
+        values.view(np.uint32)[which % SIZE] ^= 1 << 22
         return _weights(values, weights.rounds)
 
     def expect(self, request: Request) -> None:

@@ -13,6 +13,7 @@ from peerturb.protocol.outputs import SessionId
 from peerturb.protocol.records import Record, RunFinished
 from peerturb.spec import RunSpec
 from peerturb.wire.channel import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS
+from peerturb_coordinator.traffic import FRAMING_BYTES as COUNTED_BYTES
 from peerturb_sim.checks import Checks
 from peerturb_sim.compute import Compute
 from peerturb_sim.coordinator import Coordinator
@@ -146,27 +147,24 @@ class World:
     def _leaves(self, line: Line, size: int) -> int:
         """Send so many bytes down a line, after what the coordinator sends before; return when they arrive."""
         self._up_free_us = max(self.events.now_us, self._up_free_us) + (size + FRAMING_BYTES) * self._up_us
-        self.down_bytes += size
+        self.down_bytes += size + COUNTED_BYTES
         line.last_down_us = max(line.peer.host.down(size, self._up_free_us), line.last_down_us)
         return round(line.last_down_us)
 
     def _arrives_up(self, line: Line, data: bytes) -> None:
         if line.is_open:
-            self.up_bytes += len(data)
-            line.peer.traffic.up_bytes += len(data)
-            line.peer.traffic.up_messages += 1
+            self.up_bytes += len(data) + COUNTED_BYTES
+            line.peer.traffic.up_bytes += len(data) + COUNTED_BYTES
             self.coordinator.hear(line, data)
 
     def _arrives_down(self, line: Line, data: bytes) -> None:
         if line.is_open:
-            line.peer.traffic.down_bytes += len(data)
-            line.peer.traffic.down_messages += 1
+            line.peer.traffic.down_bytes += len(data) + COUNTED_BYTES
             line.peer.hear(line, data)
 
     def _records_arrive(self, line: Line, first: int, last: int, size: int) -> None:
         if line.is_open:
-            line.peer.traffic.down_bytes += size
-            line.peer.traffic.down_messages += 1
+            line.peer.traffic.down_bytes += size + COUNTED_BYTES
             line.peer.hear_records(line, first, last)
 
     # --- streams ----------------------------------------------------------------------------------------------------
@@ -210,7 +208,8 @@ class World:
     def coordinator_died(self, line: Line) -> None:
         """The coordinator's process is gone; the peer hears it soon."""
         line.is_open = line.takes = False
-        self.events.after(round(line.peer.host.transit_us(0, self.events.now_us)), line.peer.hear_end, line)
+        transit_us = line.peer.host.transit_us(0, self.events.now_us)
+        self.events.after(round(min(transit_us, SILENCE_US)), line.peer.hear_end, line)
 
     def cut(self, line: Line) -> None:
         """End a stream from outside. What is under way may be lost or not; one end may hear of it much later."""
@@ -231,15 +230,26 @@ class World:
         for peer in peers:
             peer.host.blocked_until_us = max(peer.host.blocked_until_us, until_us)
             if peer.line is not None and for_us > SILENCE_US:
-                self.events.after(SILENCE_US, self.cut, peer.line)
+                self.events.after(SILENCE_US, self._dies, peer.line)
+
+    def _dies(self, line: Line) -> None:
+        """Let both ends take a stream for dead: nothing that is under way on it arrives any more."""
+        if line.takes and self.events.now_us < line.peer.host.blocked_until_us:
+            line.takes = line.is_open = False
+            self.events.after(0, self.coordinator.hear_end, line)
+            self.events.after(0, line.peer.hear_end, line)
 
     def _coordinator_hears_end(self, line: Line, delay_us: float) -> None:
-        at_us = round(max(self.events.now_us + delay_us, line.last_up_us))
-        self.events.at(at_us, self.coordinator.hear_end, line)
+        self.events.at(self._end_us(line, delay_us, line.last_up_us), self.coordinator.hear_end, line)
 
     def _peer_hears_end(self, line: Line, delay_us: float) -> None:
-        at_us = round(max(self.events.now_us + delay_us, line.last_down_us))
-        self.events.at(at_us, line.peer.hear_end, line)
+        self.events.at(self._end_us(line, delay_us, line.last_down_us), line.peer.hear_end, line)
+
+    def _end_us(self, line: Line, delay_us: float, last_us: float) -> int:
+        """Return when an end of a stream is heard of: after what was sent before, in a partition by its silence."""
+        now_us = self.events.now_us
+        at_us = max(now_us + delay_us, last_us)
+        return round(min(at_us, now_us + SILENCE_US) if now_us < line.peer.host.blocked_until_us else at_us)
 
     def _may_cut(self, line: Line) -> None:
         if self.chance(self.chaos.cut):

@@ -21,7 +21,9 @@ def rules() -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("check", "config", "prometheus.yml"), ("test", "rules", "alerts_test.yml")], ids=["config", "alerts"]
+    "arguments",
+    [("check", "config", "prometheus.yml"), ("check", "config", "compose.yml"), ("test", "rules", "alerts_test.yml")],
+    ids=["config", "compose", "alerts"],
 )
 def test_promtool_takes_it(arguments: tuple[str, ...]) -> None:
     if shutil.which("promtool") is None:

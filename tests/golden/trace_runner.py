@@ -34,6 +34,7 @@ from peerturb.protocol.outputs import (
     CoordinatorOutput,
     Disconnect,
     Evaluate,
+    HangUp,
     Measure,
     Notice,
     PeerOutput,
@@ -45,7 +46,16 @@ from peerturb.protocol.outputs import (
     Stop,
 )
 from peerturb.protocol.peer import PeerMachine
-from peerturb.protocol.records import PeerJoined, Record, RoundOpened, RoundSealed, RunFinished, RunStarted
+from peerturb.protocol.records import (
+    LeaveReason,
+    PeerJoined,
+    PeerLeft,
+    Record,
+    RoundOpened,
+    RoundSealed,
+    RunFinished,
+    RunStarted,
+)
 from peerturb.protocol.results import Applied, EvaluatedResult, Measured, Rebuilt
 from peerturb.runlog.fold import describe
 from peerturb.spec import ModelSpec, ObjectiveSpec, RoundSpec, RunSpec
@@ -254,6 +264,10 @@ class PeerTrace:
                 return self._drive(machine.completed(rebuilt, self.now_ms))
             case ["leave"]:
                 return self._drive(machine.leave())
+            case ["pause"]:
+                return self._drive(machine.pause())
+            case ["resume"]:
+                return self._drive(machine.resume(self.now_ms))
         raise ValueError(f"unknown command {words}")
 
     def _log(self, what: Words, options: Options) -> None:
@@ -265,6 +279,8 @@ class PeerTrace:
                 record = RunStarted(spec=self.spec)
             case ["join", letter]:
                 record = PeerJoined(slot=ledger.next_slot(key_of(letter)), key=key_of(letter), name=letter)
+            case ["leave", slot]:
+                record = PeerLeft(slot=Slot(int(slot)), reason=LeaveReason.LEFT)
             case ["open"]:
                 record = RoundOpened(round=round_, scale=ledger.scale, deadline_ms=10_000)
             case ["seal", *parts]:
@@ -304,6 +320,8 @@ class PeerTrace:
                 return "connect"
             case Disconnect(why=why):
                 return f"disconnect: {why}"
+            case HangUp():
+                return "hang up"
             case Say(message=Contribution() as message):
                 values = [code - 256 if code > 127 else code for code in message.codes]
                 return f"say contribution to round {message.round}: codes {values}, weights {message.digest}"

@@ -66,9 +66,14 @@ class CoordinatorProcess:
         self.address = f"127.0.0.1:{self.port}"
 
     @property
-    def events(self) -> list[dict[str, Any]]:
+    def events_text(self) -> str:
         """Everything it has said so far."""
-        return [json.loads(line) for line in self._events_file.read_text().splitlines()]
+        return self._events_file.read_text()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The same, line by line."""
+        return [json.loads(line) for line in self.events_text.splitlines()]
 
     @property
     def errors(self) -> str:

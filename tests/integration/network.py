@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,23 @@ class Program:
     """One process that prints JSON lines."""
 
     def __init__(
-        self, arguments: list[str], *, folder: Path, label: str, entry: Sequence[str] = ("-m", "peerturb.cli")
+        self,
+        arguments: list[str],
+        *,
+        folder: Path,
+        label: str,
+        entry: Sequence[str] = ("-m", "peerturb.cli"),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.label = label
         self.arguments = arguments
         self.events: list[Event] = []
+        self.lines: list[str] = []
+        """Standard output as it came."""
         self.errors_path = folder / f"{label}.stderr"
         self._news = threading.Condition()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        environment |= variables or {}
         with self.errors_path.open("ab") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, *entry, *arguments],
@@ -84,6 +93,7 @@ class Program:
         with self.process.stdout as stdout:
             for line in stdout:
                 with self._news:
+                    self.lines.append(line)
                     # A killed process may leave half a line behind.
                     with contextlib.suppress(json.JSONDecodeError):
                         self.events.append(json.loads(line))
@@ -144,6 +154,21 @@ class Program:
         return code
 
 
+def run_command(
+    *arguments: str, timeout_s: float = 120.0, folder: Path | None = None, columns: int = 200
+) -> "subprocess.CompletedProcess[str]":
+    """Run `peerturb` to its end, in `folder` or where the tests run, told that lines have so many columns."""
+    return subprocess.run(
+        [sys.executable, "-m", "peerturb.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": str(columns)},
+    )
+
+
 class Network:
     """A coordinator and its nodes in one folder."""
 
@@ -181,22 +206,14 @@ class Network:
     ) -> Program:
         """Start a node with its own state folder; `entry` is what Python runs with the command's arguments."""
         arguments = ["node", "run", "--coordinator", self.address, "--state", str(self.folder / name)]
-        arguments += ["--name", name, "--compute", compute, "--json", *extra]
+        arguments += ["--name", name, "--compute", compute, "--json", "--verbose", *extra]
         return self._start(arguments, name, entry)
 
     def run(
-        self, *arguments: str, timeout_s: float = 120.0, folder: Path | None = None
+        self, *arguments: str, timeout_s: float = 120.0, folder: Path | None = None, columns: int = 200
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command to its end, in `folder` or where the tests run."""
-        return subprocess.run(
-            [sys.executable, "-m", "peerturb.cli", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-            cwd=folder,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
-        )
+        """Run a command to its end; see `run_command`."""
+        return run_command(*arguments, timeout_s=timeout_s, folder=folder, columns=columns)
 
     def export_log(self) -> Path:
         """Return the stopped coordinator's log as a file."""

@@ -1,37 +1,22 @@
 """The live page in a real browser: a crowd of a thousand peers at once, then a run of real processes as it goes."""
 
-import asyncio
 import importlib.util
-import io
 import json
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from peerturb.ids import PeerKey, Slot
-from peerturb.protocol.records import PeerJoined, RunStarted
-from peerturb.spec import RoundSpec, RunSpec
-from peerturb.wire.records import RecordDecoder, encode_record
-from peerturb_coordinator.events import Events
-from peerturb_coordinator.server import Server
-from peerturb_coordinator.settings import CoordinatorSettings
-from peerturb_coordinator.store import Entry, MemoryLogStore
-from peerturb_node.logsource import Source
-from peerturb_sim.scenario import GroupSpec, LifeSpec, Scenario
-from peerturb_sim.simulation import LOG_NAME, simulate
+from peerturb.spec import RunSpec
+from peerturb_bench.crowd import NAME, ROUNDS, InThread
+from peerturb_bench.crowd import crowd as crowd_of
+from peerturb_bench.page import DRAWN, _load_ms
 from tests.browser import Browser, open_browser
 from tests.integration.network import network, toy_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
-
-PEERS, ROUNDS = 1_000, 120
-NAME = '<img src=x onerror="document.title=1">'
-"""What a stranger may call itself."""
 
 _WIDE = """
 const room = document.documentElement.clientWidth, found = [];
@@ -42,67 +27,13 @@ for (const node of document.querySelectorAll("main *")) {
 }
 return found;
 """
-_LOADED = (
-    "return document.querySelectorAll('#peers tr').length > 0 && document.querySelector('#loss-chart svg') !== null"
-)
+_LOADED = f"return {DRAWN}"
 
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSpec, list[bytes]]:
     """The log of a thousand simulated peers, one of them a stranger with an odd name."""
-    folder = tmp_path_factory.mktemp("crowd")
-    scenario = Scenario(
-        name="a crowd", eval_every=20, round=RoundSpec(count=ROUNDS, probes_max=2, deadline_ms_max=4_000),
-        peers=(
-            GroupSpec(name="p", count=PEERS - 1, life=LifeSpec(arrive_s=(0, 20), stay_s=60, away_s=10)),
-            GroupSpec(name="q", count=1, evaluates=True),
-        ),
-    )  # fmt: skip
-    assert simulate(scenario, folder=folder, out=folder).is_finished
-    payloads = list(Source(file=folder / LOG_NAME).payloads())
-    decoder = RecordDecoder()
-    started, *others = [decoder.decode(payload) for payload in payloads]
-    assert isinstance(started, RunStarted)
-    free = len({record.slot for record in others if isinstance(record, PeerJoined)})
-    assert free > 990
-    stranger = PeerJoined(slot=Slot(free), key=PeerKey(b"\xff" * 32), name=NAME)
-    return started.spec, [*payloads, encode_record(stranger)]
-
-
-class InThread:
-    """A coordinator with a ready log, in a thread with a loop of its own."""
-
-    def __init__(self, spec: RunSpec, payloads: list[bytes]) -> None:
-        store = MemoryLogStore()
-        store.append([Entry(kind="", round=None, payload=payload) for payload in payloads])
-        settings = CoordinatorSettings(listen="127.0.0.1:0", http="127.0.0.1:0", token="secret-token")
-        self._stop = asyncio.Event()
-        self._stands = threading.Event()
-
-        async def serve() -> None:
-            self.server = Server(spec, settings, store, Events(io.StringIO(), as_json=True))
-            await self.server.start()
-            self.address = f"http://{self.server.introduction['http']}"
-            self.loop = asyncio.get_running_loop()
-            self._stands.set()
-            await self._stop.wait()
-            await self.server.stop()
-
-        self._thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-        self._thread.start()
-        assert self._stands.wait(60)
-
-    def call(self, work: Callable[[], Any]) -> Any:
-        """Run a function on the loop."""
-
-        async def there() -> Any:
-            return work()
-
-        return asyncio.run_coroutine_threadsafe(there(), self.loop).result(60)
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(60)
+    return crowd_of(tmp_path_factory.mktemp("crowd"))
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +59,10 @@ def get(address: str | urllib.request.Request) -> tuple[int, str, dict[str, str]
 
 
 def wait_for(browser: Browser, script: str) -> None:
-    """Wait until the script says true; the test's own time limit ends it."""
-    asked = f"const until = () => {{ {script} }}; const done = arguments[0];"
+    """Wait until the script says true; the driver's time limit ends it. What is not drawn yet is not there yet."""
+    asked = (
+        f"const until = () => {{ try {{ {script} }} catch (error) {{ return false; }} }}; const done = arguments[0];"
+    )
     assert browser.wait(f"{asked} const look = () => until() ? done(true) : setTimeout(look, 20); look();")
 
 
@@ -156,6 +89,10 @@ def test_it_loads_in_silence_fits_and_can_be_read_by_all(
     found = browser.wait("axe.run(document).then(arguments[0])")
     bad = [(row["id"], row["impact"], row["nodes"][0]["html"]) for row in found["violations"]]
     assert [row for row in bad if row[1] in ("serious", "critical")] == []
+
+
+def test_the_benchmark_sees_it_drawn(browser: Browser, crowded: InThread) -> None:
+    assert 0 < _load_ms(browser, crowded, 390) < 60_000
 
 
 def test_it_shows_the_run_and_no_secret(browser: Browser, crowded: InThread) -> None:

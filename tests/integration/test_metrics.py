@@ -1,57 +1,17 @@
 """Metrics of real processes: everything documented is there with sane values, through a kill and a restart."""
 
-import json
 import math
 import re
-import shutil
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import REPOSITORY
 from tests.integration.network import Network, Program, network, toy_run
+from tests.integration.scraping import Figures, await_figures, get, prometheus, scraping, until
 
 pytestmark = pytest.mark.integration
-
-Figures = dict[str, float]
-"""By name and labels, as they are written."""
-
-
-def get(address: str, path: str) -> tuple[int, str]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"http://{address}{path}", timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
-def scrape(address: str) -> Figures:
-    status, text = get(address, "/metrics")
-    assert status == 200
-    figures = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
-            figures[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
-    return figures
-
-
-def await_figures(address: str, is_there: Callable[[Figures], bool]) -> Figures:
-    """Scrape until the figures are as wanted; the test's own time limit ends it."""
-    while not is_there(figures := scrape(address)):
-        time.sleep(0.05)
-    return figures
 
 
 def documented(section: str) -> set[str]:
@@ -169,42 +129,6 @@ def test_an_address_that_is_taken_is_said_before_anything_begins(program: str, t
         assert "choose another --http" in done.stderr
 
 
-@contextmanager
-def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Callable[[str], dict[str, float]]]:
-    """Run a Prometheus that scrapes five times a second; give what asks it: expression -> value by job.
-
-    Args:
-        folder: an empty one.
-        targets: addresses by job.
-    """
-    if shutil.which("prometheus") is None:
-        pytest.skip("there is no prometheus; `make setup-prometheus` installs it on Debian, as root")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    jobs = [{"job_name": job, "static_configs": [{"targets": [target]}]} for job, target in targets.items()]
-    config = {"global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"}, "scrape_configs": jobs}
-    (folder / "prometheus.yml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-    command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
-    with subprocess.Popen(
-        [*command, f"--web.listen-address={address}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as server:
-
-        def ask(expression: str) -> dict[str, float]:
-            try:
-                _, text = get(address, f"/api/v1/query?{urllib.parse.urlencode({'query': expression})}")
-            except OSError:  # it starts
-                return {}
-            if "result" not in (found := json.loads(text).get("data", {})):
-                return {}
-            return {row["metric"].get("job", ""): float(row["value"][1]) for row in found["result"]}
-
-        try:
-            yield ask
-        finally:
-            server.terminate()
-
-
 @pytest.mark.slow
 def test_a_real_prometheus_understands_it_and_rates_go_on_over_a_kill(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
@@ -212,7 +136,7 @@ def test_a_real_prometheus_understands_it_and_rates_go_on_over_a_kill(tmp_path: 
         coordinator = serving(run)
         _, at_node = monitored(run, "ann")
         await_figures(coordinator, lambda f: f["peerturb_round"] > 5)
-        with prometheus(tmp_path / "p", {"coordinator": coordinator, "node": at_node}) as ask:
+        with prometheus(tmp_path / "p", scraping({"coordinator": coordinator, "node": at_node})) as ask:
             for address in (coordinator, at_node):
                 text = get(address, "/metrics")[1]
                 command = ["promtool", "check", "metrics"]
@@ -230,9 +154,3 @@ def test_a_real_prometheus_understands_it_and_rates_go_on_over_a_kill(tmp_path: 
             assert ask("min by (job) (rate(peerturb_probes_total[1m]))")["coordinator"] > 0
             assert ask("peerturb_probes_total")["coordinator"] > before["coordinator"]
             until(lambda: ask("peerturb_training").get("node") == 1)
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    """Wait; the test's own time limit ends it."""
-    while not is_so():
-        time.sleep(0.1)

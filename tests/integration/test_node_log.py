@@ -46,6 +46,8 @@ def test_the_log_commands(tmp_path: Path) -> None:
         }
         assert status["digest"] == node.digests()[24]
         assert "run toy started" in net.run("log", "show", str(stored)).stdout.splitlines()[0]
+        first = json.loads(net.run("log", "show", str(stored), "--json").stdout.splitlines()[0])
+        assert first["spec"]["objective"]["eval_every"] == 10, "who joins can read what it is about"
 
         beyond = net.run("log", "replay", str(stored), "--until", "26")
         assert beyond.returncode == 2

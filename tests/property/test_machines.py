@@ -32,6 +32,7 @@ from peerturb.protocol.outputs import (
     CoordinatorOutput,
     Disconnect,
     Evaluate,
+    HangUp,
     Measure,
     PeerOutput,
     Rebuild,
@@ -241,7 +242,7 @@ class AnyPeer(RuleBasedStateMachine):
                 case Measure() | Apply() | Evaluate() | Rebuild():
                     self.work.append(effect)
                 case Say():
-                    assert self.machine.status.session in (Session.JOINED, Session.STOPPED)
+                    assert self.machine.status.session in (Session.JOINED, Session.PAUSED, Session.STOPPED)
                 case CancelMeasure(round=round_):
                     assert any(isinstance(work, Measure) and work.round == round_ for work in self.work)
                 case Stop():
@@ -249,7 +250,7 @@ class AnyPeer(RuleBasedStateMachine):
                     self.stopped = True
                 case Append():
                     raise AssertionError("appends come as Persist")
-                case Connect() | Disconnect():
+                case Connect() | Disconnect() | HangUp():
                     pass
         assert not self.machine.advance(self.now_ms), "content after the loop"
 
@@ -315,6 +316,23 @@ class AnyPeer(RuleBasedStateMachine):
     @precondition(lambda self: self.machine.status.rounds_applied >= 3)
     def leave(self) -> None:
         self.perform(list(self.machine.leave()))
+
+    @rule()
+    def pause(self) -> None:
+        self.perform(list(self.machine.pause()))
+        status = self.machine.status
+        assert status.session in (Session.PAUSED, Session.STOPPED) or status.is_finished
+
+    @rule()
+    def resume(self) -> None:
+        self.perform(list(self.machine.resume(self.now_ms)))
+        assert self.machine.status.session is not Session.PAUSED
+
+    @invariant()
+    def nothing_is_measured_in_a_pause(self) -> None:
+        if hasattr(self, "machine") and self.machine.status.session is Session.PAUSED:
+            assert self.machine.deadline_ms() is None
+            assert self.machine.status.measuring is None or self.machine._measuring._is_cancelled
 
     @invariant()
     def the_local_log_is_a_prefix_of_the_runs(self) -> None:

@@ -10,18 +10,29 @@ from peerturb import codec, rng
 from peerturb.protocol.ledger import IllegalRecordError, Ledger
 from peerturb.protocol.records import RoundSealed
 from peerturb.wire.messages import encode_payloads
+from peerturb_coordinator.traffic import FRAMING_BYTES
 from peerturb_sim import peer as peer_module
+from peerturb_sim.checks import CONTRIBUTION_BYTES_MAX
 from peerturb_sim.compute import Request
 from peerturb_sim.events import Events, stream
 from peerturb_sim.life import Life
 from peerturb_sim.log import SharedLedger
-from peerturb_sim.network import RETRANSMISSION_US, Host
+from peerturb_sim.network import PACKET_BYTES, RETRANSMISSION_US, Host
 from peerturb_sim.scenario import GroupSpec, LifeSpec, LineSpec, Scenario, ToySpec
 from peerturb_sim.simulation import build, run_to_end
 from peerturb_sim.toy import SIZE, ToyCompute
 from peerturb_sim.world import World
 from tests.conftest import REPOSITORY
-from tests.simulation.small import all_stopped, check_honest_end, make_spec, records_of, sealed_rounds, small_world
+from tests.simulation.small import (
+    GROUP,
+    ROUNDS,
+    all_stopped,
+    check_honest_end,
+    make_spec,
+    records_of,
+    sealed_rounds,
+    small_world,
+)
 
 
 @pytest.fixture
@@ -148,6 +159,50 @@ def test_loss_shows_as_retransmissions() -> None:
     times = [lossy.transit_us(100, 0.0) for _ in range(2_000)]
     late = sum(time_us >= RETRANSMISSION_US for time_us in times) / len(times)
     assert late == pytest.approx(0.5, abs=0.05)
+    waits = {round(time_us) - 1_000 for time_us in times}
+    assert waits == {RETRANSMISSION_US * (2**losses - 1) for losses in range(7)}, "each wait is twice the one before"
+
+
+def test_an_overtaken_packet_comes_late_and_holds_back_what_follows(tmp_path: Path) -> None:
+    mixed = Host(LineSpec(latency_ms=10, jitter_ms=0, loss=0, reordering=0.5), stream(0, "x"))
+    times = [mixed.transit_us(100, 0.0) for _ in range(2_000)]
+    late = [time_us for time_us in times if time_us > 10_000]
+    assert len(late) / len(times) == pytest.approx(0.5, abs=0.05)
+    assert 10_000 < max(late) <= 30_000, "at most a round trip"
+    world = small_world(tmp_path, seed=0, peers=1, group=GROUP.model_copy(update={"line": mixed.spec}))
+    line = world.connect(world.peers[0])
+    arrivals = []
+    for _ in range(50):
+        world.up(line, b"x")
+        arrivals.append(line.last_up_us)
+    assert arrivals == sorted(arrivals)
+    assert len(set(arrivals)) < len(arrivals), "some waited for one before them"
+
+
+def test_a_packet_that_comes_twice_takes_its_time_twice() -> None:
+    """And nothing else of it is seen: a message of many packets has one of them again."""
+    line = LineSpec(latency_ms=0, jitter_ms=0, up_mbit=8, down_mbit=8, loss=0, duplication=0.5)
+    host, free_us, took = Host(line, stream(0, "x")), 0.0, []
+    for _ in range(2_000):
+        arrives_us = host.up(930, free_us)
+        took.append(round(arrives_us - free_us))
+        free_us = arrives_us
+    assert set(took) == {1_000, 2_000}
+    assert took.count(2_000) / len(took) == pytest.approx(0.5, abs=0.05)
+    assert host.up(1_000_000, free_us) - free_us == pytest.approx(1_000_070 + PACKET_BYTES)
+
+
+def test_bytes_are_counted_as_a_coordinator_does(ended: World) -> None:
+    """A calm run: what was said is in the log, and each message has the framing that the metrics add."""
+    sealed = sealed_rounds(ended)
+    for peer in ended.peers:
+        (slot,) = peer.tally.slots
+        gave = [codes for record in sealed for one, codes in record.contributions() if one == slot]
+        least = sum(len(codes) + CONTRIBUTION_BYTES_MAX - 10 + FRAMING_BYTES for codes in gave)
+        most = sum(len(codes) + CONTRIBUTION_BYTES_MAX + FRAMING_BYTES for codes in gave) + 1_000
+        assert least <= peer.traffic.up_bytes <= most
+        assert peer.traffic.down_bytes >= ended.log.message_bytes(0, len(ended.log.payloads)) + FRAMING_BYTES * ROUNDS
+    assert ended.up_bytes == sum(peer.traffic.up_bytes for peer in ended.peers)
 
 
 def test_a_diurnal_peer_is_there_for_its_part_of_the_day(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_flipped_bit_is_another_state_and_harms_nobody_else(
 ) -> None:
     compute = TorchCompute(section, spec)
     good = compute.apply(compute.base, rounds[0])
-    bad = compute.corrupt(good)
+    bad = compute.corrupt(good, 0)
     assert bad.digest != good.digest
     assert bad.rounds == good.rounds
     assert compute.apply(bad, rounds[1]).digest != compute.apply(good, rounds[1]).digest

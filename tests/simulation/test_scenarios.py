@@ -1,4 +1,4 @@
-"""Scenarios: read strictly, simulated to logs that the production check accepts, the same bytes for the same seed."""
+"""Scenarios: simulated to logs that the production check accepts, the same bytes for the same seed."""
 
 import re
 from pathlib import Path
@@ -7,51 +7,15 @@ from typing import Any
 import pytest
 
 from peerturb.cli import run
-from peerturb.errors import SpecError
 from peerturb.protocol.coordinator import CoordinatorMachine
 from peerturb.protocol.records import Record, RoundSealed
 from peerturb.runlog.verify import verify
 from peerturb_sim import liveness
-from peerturb_sim.life import read_trace
 from peerturb_sim.recorder import UNNOTICED, Recorder
 from peerturb_sim.result import Result, ResultError
 from peerturb_sim.scenario import Scenario
 from peerturb_sim.simulation import LOG_NAME, RESULT_NAME, build, gather, run_to_end, simulate
-
-SMALL = """
-name = "small"
-seed = 3
-until_s = 600
-
-[round]
-count = 12
-probes_max = 16
-deadline_ms_max = 5_000
-lease_ms = 2_000
-
-[[peers]]
-name = "home"
-count = 6
-evaluates = true
-crashes_per_hour = 60
-disk_losses = 0.5
-pauses_per_hour = 60
-pause_s = 1
-down_s = 2
-drift_ppm = 1_000
-
-[[faults]]
-kind = "coordinator_crash"
-at_s = 3
-for_s = 1
-
-[[faults]]
-kind = "partition"
-at_s = 6
-for_s = 3
-share = 0.5
-"""
-
+from tests.simulation.scenario_small import SMALL, write
 
 CALM = """
 name = "calm"
@@ -67,12 +31,12 @@ name = "home"
 count = 6
 
 """
-
-
-def write(folder: Path, text: str = SMALL) -> Path:
-    path = folder / "small.toml"
-    path.write_text(text)
-    return path
+GUEST = """
+[[peers]]
+name = "guest"
+count = 1
+life = { arrive_s = [0, 0], stay_s = 1 }
+"""
 
 
 def simulated(folder: Path, text: str = SMALL) -> Result:
@@ -131,70 +95,6 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
             Result.from_json(text.replace(old, new), source="here")
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "complaint"),
-    [
-        ("lease_ms", "leese_ms", r"round.leese_ms \(line 10\): there is no such key"),
-        ("count = 6", "count = 70_000", r"peers.0.count \(line 14\): .* 70,000 peers, .* 65,536 slots of a run: lower"),
-        ('kind = "partition"', 'kind = "flood"', r"faults.1.kind.*partition"),
-        ("count = 12", "count = 0", r"round.count \(line 7\): 0 is a run without an end: give"),
-        ("count = 12", "cuont = 12", r"round.cuont \(line 7\): there is no such key: did you mean 'count'"),
-        ("down_s = 2", "colour = 2", r"peers.0.colour \(line 20\): .* leave it out, or take one of apply_ms, count"),
-        ("down_s = 2", "life = { arive_s = [0, 1] }", r"life.arive_s \(line 20\): .* did you mean 'arrive_s'"),
-        ("down_s = 2", "line = { latencyms = 1 }", r"latencyms \(line 20\): .* did you mean 'latency_ms'"),
-        ("down_s = 2", 'lie = "randm"', r"peers.0.lie \(line 20\): Input should be 'random', "),
-        ("at_s = 3\n", "", r"faults.0.at_s \(line 23\): Field required"),
-        ('name = "home"', 'name = "home"\nline = "copper"', "there is no line 'copper'; there are home, fibre"),
-        ("share = 0.5", 'group = "office"', r"faults.1.group \(line 32\): there is no group 'office'; there are home"),
-        ("drift_ppm = 1_000", "probes_per_s = [9, 3]", "not a range of positive speeds"),
-    ],
-)
-def test_a_wrong_scenario_is_refused_by_file_line_and_remedy(
-    tmp_path: Path, old: str, new: str, complaint: str
-) -> None:
-    assert old in SMALL
-    with pytest.raises(SpecError, match=complaint) as refused:
-        Scenario.load(write(tmp_path, SMALL.replace(old, new)))
-    assert "small.toml" in str(refused.value)
-    assert "at least 1 item" not in str(refused.value), "what is wrong is said once"
-
-
-def test_more_peers_than_slots_in_all_are_refused(tmp_path: Path) -> None:
-    crowd = SMALL.replace("count = 6", "count = 60_000") + '\n[[peers]]\nname = "more"\ncount = 10_000\n'
-    with pytest.raises(SpecError, match=r"peers.1.count \(line 36\): .* 70,000 peers, more than the 65,536"):
-        Scenario.load(write(tmp_path, crowd))
-
-
-@pytest.mark.parametrize(
-    ("rows", "complaint"),
-    [
-        ("0,5,3", r"t.csv: line 2: peer 0 leaves at 3 s before it joins at 5 s"),
-        ("0,1,4\n0,2,5", "line 3: peer 0 joins at 2.0 s while it is still there"),
-        ("7,0,1", "line 2: peer 7 is not one of the group's 2"),
-        ("0,soon,1", "line 2: '0,soon,1' is not three numbers"),
-        ("0,1,2,3", "line 2: '0,1,2,3' is not three numbers"),
-        ("0,1", "line 2: '0,1' is not three numbers"),
-        ("0,1,nan", "line 2: a time is not between 0 and"),
-        ("0,inf,", "line 2: a time is not between 0 and"),
-        ("", "nobody comes: write a row"),
-    ],
-)
-def test_a_wrong_trace_is_refused_by_its_line(tmp_path: Path, rows: str, complaint: str) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text(f"peer,join_s,leave_s\n{rows}\n")
-    with pytest.raises(SpecError, match=complaint):
-        read_trace(path, 2)
-
-
-@pytest.mark.parametrize("content", [b"", b"a,b\n0,1\n", b"\xff\xfe", None])
-def test_what_is_no_trace_is_refused_by_name(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "t.csv"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(SpecError, match=r"t\.csv.*(line 1: the columns must be|not a CSV file|correct its name)"):
-        read_trace(path, 2)
-
-
 def test_a_trace_says_who_is_there(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("peer,join_s,leave_s\n0,0,\n1,0,2\n1,4,\n2,3,\n")
     text = """
@@ -214,6 +114,37 @@ life = { trace = "t.csv" }
     assert there[2] == pytest.approx(there[0] - 3, abs=1)
 
 
+def test_a_peer_whose_time_is_over_while_it_is_down_does_not_come_back(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("peer,join_s,leave_s\n0,0,\n1,0,3\n")
+    text = """
+name = "gone"
+[round]
+count = 12
+budget_ms = 500
+[[peers]]
+name = "p"
+count = 2
+life = { trace = "t.csv" }
+[[faults]]
+kind = "peer_crash"
+at_s = 2
+for_s = 2
+"""
+    result = simulated(tmp_path, text)
+    assert result.is_finished
+    assert [row.crashes for row in result.peers] == [1, 1]
+    assert result.peers[1].present_s == pytest.approx(2)
+    assert result.peers[0].present_s == pytest.approx(result.virtual_s - 2, abs=1)
+
+
+@pytest.mark.parametrize("kind", ["coordinator_crash", "store_refuses"])
+def test_of_outages_that_overlap_the_longest_counts(tmp_path: Path, kind: str) -> None:
+    outage = '\n[[faults]]\nkind = "{}"\nat_s = {}\nfor_s = {}\ntorn = false\n'
+    result = simulated(tmp_path, CALM + outage.format(kind, 2, 60) + outage.format(kind, 10, 5))
+    assert result.is_finished
+    assert not [row for row in result.rounds if 2.001 < row.sealed_s < 62]
+
+
 def test_the_command_writes_log_and_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert run(["sim", "run", str(write(tmp_path)), "--seed", "9", "--out", str(out), "--json"]) == 0
@@ -221,21 +152,6 @@ def test_the_command_writes_log_and_result(tmp_path: Path, capsys: pytest.Captur
     assert printed == (out / RESULT_NAME).read_text()
     assert Result.from_json(printed, source="stdout").seed == 9
     assert run(["log", "verify", str(out / LOG_NAME)]) == 0
-
-
-def test_what_is_no_scenario_and_what_cannot_be_written_are_said_in_a_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scenario = write(tmp_path)
-    for arguments, complaint in (
-        ([str(tmp_path)], "is a folder: name a scenario, a .toml file"),
-        ([str(tmp_path / "none.toml")], "cannot read"),
-        ([str(scenario), "--out", str(scenario)], "File exists; name a folder that can be written to"),
-        ([str(scenario), "--out", str(scenario / "below")], "Not a directory; name a folder"),
-        ([str(scenario), "--sed", "3"], "No such option: --sed (Possible options: --seed)"),
-    ):
-        assert run(["sim", "run", *arguments]) == 2, arguments
-        assert complaint in " ".join(capsys.readouterr().err.split()), arguments
 
 
 def test_an_interrupted_run_leaves_a_log_that_verifies_and_a_result_that_says_so(
@@ -325,7 +241,7 @@ def test_a_run_that_does_not_go_on_though_nothing_hinders_it_is_broken(
 @pytest.mark.parametrize(
     "hindrance",
     [
-        "min_peers = 7",
+        "min_peers = 7",  # and the seventh is not there for long enough
         '[[faults]]\nkind = "store_refuses"\nat_s = 2\nfor_s = 400\n',
         '[[faults]]\nkind = "coordinator_crash"\nat_s = 2\nfor_s = 400\n',
         '[[faults]]\nkind = "partition"\nat_s = 2\nfor_s = 400\n',
@@ -336,7 +252,10 @@ def test_a_run_that_is_hindered_is_not_called_broken(
 ) -> None:
     monkeypatch.setattr(liveness, "GOES_ON_S", 100.0)
     text = CALM.replace("until_s = 600", "until_s = 300")
-    text = text + hindrance if hindrance.startswith("[[") else text.replace("[round]", f"[round]\n{hindrance}")
+    if hindrance.startswith("min_peers"):
+        text = text.replace("[round]", f"[round]\n{hindrance}") + GUEST
+    else:
+        text += hindrance
     result = simulated(tmp_path, text)
     assert not result.broken
     assert not result.is_finished

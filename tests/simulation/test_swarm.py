@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 
 from peerturb.cli import run
+from peerturb.protocol.contributions import Contributions
 from peerturb.protocol.coordinator import CoordinatorMachine
 from peerturb.protocol.replica import Replica
 from peerturb_sim import swarm
+from peerturb_sim.coordinator import Coordinator
 from peerturb_sim.disk import Disk
+from peerturb_sim.scenario import GroupSpec
+from peerturb_sim.simulation import build
 from peerturb_sim.toy import ToyCompute
 
 SEEDS = 50
@@ -33,6 +37,50 @@ def test_a_few_seeds_hold_and_the_same_seed_gives_the_same_world(tmp_path: Path)
         assert swarm.run_seed(4, tmp_path / name).broken is None
         logs.append((tmp_path / name / "run.log").read_bytes())
     assert logs[0] == logs[1]
+
+
+def test_after_the_faults_no_liar_comes_back(tmp_path: Path) -> None:
+    """Not one that was down then, and would have been started again later."""
+    group = GroupSpec(name="liar", count=3, lie="extreme", crashes_per_hour=3_600, down_s=60)
+    scenario, chaos = swarm.draw(3)
+    honest = scenario.peers[0].model_copy(update={"crashes_per_hour": 0.0})
+    world = build(scenario.model_copy(update={"peers": (honest, group)}), folder=tmp_path, out=tmp_path, chaos=chaos)
+    world.run(until_s=swarm.SAFETY_S)
+    liars = [peer for peer in world.peers if peer.liar is not None]
+    assert any(not peer.is_running for peer in liars)
+    swarm.heal(world)
+    for _ in range(200):
+        world.run(until_s=world.events.elapsed_s + 1)
+        assert not [peer.name for peer in liars if peer.is_running]
+
+
+@pytest.mark.slow
+def test_contributions_come_twice_and_after_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the swarm would not show that neither matters. A peer says anew what the stream before may still carry."""
+    repeated, overtaken = [0], [0]
+    contribution, hear = CoordinatorMachine._contribution, Coordinator.hear
+
+    def counting(self: Any, session: Any, slot: Any, message: Any) -> Any:
+        known = self._pending.of_slot.get(slot)
+        repeated[0] += known is not None and known.contribution == message
+        return contribution(self, session, slot, message)
+
+    def watching(self: Any, line: Any, data: bytes) -> None:
+        overtaken[0] += line.peer.line is not None and line.peer.line.session > line.session
+        hear(self, line, data)
+
+    monkeypatch.setattr(CoordinatorMachine, "_contribution", counting)
+    monkeypatch.setattr(Coordinator, "hear", watching)
+    for seed in range(30):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        assert swarm.run_seed(seed, folder).broken is None
+    assert repeated[0] > 5
+    assert overtaken[0] > 5
+
+
+def test_a_swarm_without_time_runs_a_seed_all_the_same() -> None:
+    assert [outcome.seed for outcome in swarm.run_swarm(first=4, seeds=9, seconds=0)] == [4]
 
 
 def forgets_on_crash(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +113,7 @@ def depends_on_the_asker(monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(self: Any, weights: Any, sealed: Any) -> Any:
         calls[0] += 1
         after = apply(self, weights, sealed)
-        return self.corrupt(after) if calls[0] % 3 == 0 else after
+        return self.corrupt(after, 0) if calls[0] % 3 == 0 else after
 
     monkeypatch.setattr(ToyCompute, "apply", careless)
 
@@ -78,6 +126,16 @@ def applies_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         return hand_out(self) * 2
 
     monkeypatch.setattr(Replica, "hand_out", eager)
+
+
+def lets_the_minority_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights that fewest have measured on are taken for the right ones."""
+
+    def contrary(self: Any, ledger: Any) -> int:
+        digests: list[int] = [pending.contribution.digest for pending in self.of_slot.values()]
+        return min(digests, key=digests.count)
+
+    monkeypatch.setattr(Contributions, "canonical_digest", contrary)
 
 
 def stops_listening(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +156,7 @@ def stops_listening(monkeypatch: pytest.MonkeyPatch) -> None:
         (depends_on_the_asker, {"replicas_agree"}),
         (applies_twice, {"applied_once", "exception"}),
         (stops_listening, {"goes_on"}),
+        (lets_the_minority_hold, {"majority_holds"}),
     ],
 )
 def test_what_is_broken_is_found_within_a_few_seeds(

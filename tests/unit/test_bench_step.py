@@ -42,8 +42,9 @@ def test_pairs_change_their_order_and_every_pair_is_another_round(monkeypatch: p
         return 2.0 if work.__name__ == "probe" else 1.0
 
     monkeypatch.setattr(step, "timed_ms", timed_ms)
-    row = step.measure(Case(shape=_tiny(LLAMA), dtype="float32", probes=2, tokens=4), pairs=4)
-    assert order == ["probe", "infer", "infer", "probe"] * 2 + ["probe", "infer"]
+    row = step.measure(Case(shape=_tiny(LLAMA), dtype="float32", probes=2, tokens=4), pairs=3)
+    assert step.WARM_UP == 3
+    assert order == ["probe", "infer", "infer", "probe"] * 3
     assert (row.value, row.reference, row.ratio) == (2.0, 1.0, 2.0)
 
 

@@ -173,6 +173,19 @@ def test_pending_contributions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert codes_of(shell.contribute(2, 0)) == [RejectCode.RUN_FULL]
 
 
+def test_of_a_slots_contributions_to_a_round_the_first_counts_once() -> None:
+    """Who says another one may have seen what the others said: only weights that were made anew are a reason."""
+    shell = Shell(make_spec(min_peers=2, probes_max=2))
+    for peer in range(2):
+        shell.join(peer)
+    shell.contribute(0, 0, b"\x01\x02")
+    for codes in (b"\x01\x02", b"\x03\x04"):
+        assert codes_of(shell.contribute(0, 0, codes)) == []
+    assert shell.machine.counters.repeated_contributions == 2
+    shell.contribute(1, 0, b"\x05")
+    assert [list(record.contributions()) for record in shell.sealed] == [[(0, b"\x01\x02"), (1, b"\x05")]]
+
+
 def test_a_proof_after_the_handshake_is_refused() -> None:
     shell = Shell(make_spec())
     shell.join(0)

@@ -9,7 +9,9 @@ import torch
 from peerturb.zo import fast
 from peerturb.zo.directions import Probes, Span, SpanTable
 
-pytestmark = pytest.mark.skipif(fast.rowwise() is None, reason="Numba is missing, or torch has another OpenMP")
+pytestmark = pytest.mark.skipif(
+    fast.rowwise(torch.device("cpu")) is None, reason="Numba is missing, or torch has another OpenMP"
+)
 CPU = torch.device("cpu")
 
 

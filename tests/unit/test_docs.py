@@ -6,6 +6,7 @@ Nothing is run: a command line is parsed by the command it names.
 import ast
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from peerturb_coordinator.settings import CoordinatorSettings
 from peerturb_node.settings import NodeSettings
 from tests.conftest import REPOSITORY
 
-PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "deploy" / "README.md"])
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 FOLDERS = sorted(path.name for path in REPOSITORY.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -28,23 +29,25 @@ SEPARATORS = {"|", "||", "&&", ";", "&", ">", ">>", "2>&1"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 
+_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+"""A fenced block; in a list it stands as far to the right as the item's text."""
+
+
 def _fences(text: str, *languages: str) -> list[str]:
     """Bodies of the fenced blocks in one of the languages."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [body for language, body in found if language in languages]
+    return [textwrap.dedent(body) for _, language, body in _FENCE.findall(text) if language in languages]
 
 
 def _inline(text: str) -> list[str]:
     """Contents of `...` outside fenced blocks."""
-    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    return re.findall(r"`([^`\n]+)`", _FENCE.sub("", text))
 
 
-def _shell_lines(text: str) -> Iterator[str]:
+def shell_lines(text: str) -> Iterator[str]:
     """Lines of shell blocks, continued ones joined, and of indented blocks."""
     for body in _fences(text, "sh"):
         yield from body.replace("\\\n", " ").splitlines()
-    without = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    yield from (line.strip() for line in without.splitlines() if line.startswith("    "))
+    yield from (line.strip() for line in _FENCE.sub("", text).splitlines() if line.startswith("    "))
 
 
 def _commands(words: list[str]) -> Iterator[list[str]]:
@@ -86,7 +89,7 @@ def check_command(words: list[str], *, is_whole: bool) -> None:
 
 @each_page
 def test_command_lines_parse(page: Path) -> None:
-    for line in _shell_lines(page.read_text(encoding="utf-8")):
+    for line in shell_lines(page.read_text(encoding="utf-8")):
         if "peerturb " in line:
             for words in _commands(shlex.split(line, comments=True)):
                 check_command(words, is_whole=True)
@@ -102,7 +105,7 @@ def test_commands_named_in_passing_exist(page: Path) -> None:
 @pytest.mark.parametrize("name", ["README.md", "docs/start.md"])
 def test_the_start_pages_show_the_whole_way(name: str) -> None:
     shown = set()
-    for line in _shell_lines((REPOSITORY / name).read_text(encoding="utf-8")):
+    for line in shell_lines((REPOSITORY / name).read_text(encoding="utf-8")):
         for words in _commands(shlex.split(line, comments=True)):
             has_subcommands = words[0] in ("coordinator", "node", "log")
             shown.add(" ".join(words[: 2 if has_subcommands else 1]))
@@ -131,7 +134,7 @@ def test_the_table_lists_every_command() -> None:
 def test_make_targets_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     rules = re.findall(r"^([a-z%-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    lines = [*_shell_lines(text), *_inline(text)]
+    lines = [*shell_lines(text), *_inline(text)]
     for target in re.findall(r"^(?:[A-Z]+=\S+ )*make ([a-z-]+)", "\n".join(lines), re.MULTILINE):
         known = [rule for rule in rules if re.fullmatch(rule.replace("%", "(node|dev)"), target)]
         assert known, f"make {target} is no target"

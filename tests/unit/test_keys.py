@@ -19,7 +19,7 @@ from peerturb.wire.channel import (
     security_for,
     split_address,
 )
-from peerturb_coordinator.keys import join_command, load_tls, make_keys, read_token
+from peerturb_coordinator.keys import join_command, load_tls, make_keys, read_token, ready_keys
 
 
 def test_made_keys_load_and_name_their_hosts(tmp_path: Path) -> None:
@@ -54,6 +54,18 @@ def test_a_strange_pair_is_refused(tmp_path: Path) -> None:
         load_tls(tmp_path / "one")
     with pytest.raises(SpecError, match="peerturb coordinator keys"):
         load_tls(tmp_path / "three")
+
+
+def test_keys_are_made_once_and_a_lost_file_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    token = ready_keys(folder, ["192.0.2.7"]).read_text()
+    fingerprint = load_tls(folder).fingerprint
+    assert ready_keys(folder, []).read_text() == token
+    assert load_tls(folder).fingerprint == fingerprint
+    (folder / "coordinator.key").unlink()
+    with pytest.raises(SpecError, match=r"has no coordinator\.key; .*--replace"):
+        ready_keys(folder, [])
+    assert (folder / "join-token").read_text() == token
 
 
 def test_a_host_that_is_none_is_refused(tmp_path: Path) -> None:

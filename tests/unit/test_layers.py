@@ -12,7 +12,9 @@ from peerturb.zo.layers import Norm, norm_of
 from peerturb.zo.perturbed import PerturbedForward, owners_of
 from tests.zo_models import RandomSigns, manifest_of, small_model
 
-needs_rowwise = pytest.mark.skipif(fast.rowwise() is None, reason="Numba is missing, or torch has another OpenMP")
+needs_rowwise = pytest.mark.skipif(
+    fast.rowwise(torch.device("cpu")) is None, reason="Numba is missing, or torch has another OpenMP"
+)
 
 
 class PlainRMSNorm(nn.Module):

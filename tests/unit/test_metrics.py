@@ -87,7 +87,7 @@ def test_readiness_follows_a_nodes_life() -> None:
     node = Node()
     assert node.metrics.why_not == "the node starts"
     node.emit("joined", slot=1, position=0, head=9)
-    node.emit("behind", round=None, rounds=4)
+    node.emit("behind", rounds=4)
     assert "catches up" in node.metrics.why_not
     assert (node.value("peerturb_connected"), node.value("peerturb_training")) == (1, 0)
     node.emit("training", round=4, seconds=1.0)
@@ -96,7 +96,7 @@ def test_readiness_follows_a_nodes_life() -> None:
     assert "anew from the log" in node.metrics.why_not
     node.emit("measured", round=5, codes=16, void=1, loss=2.0, ms=500.0, tokens=640)
     assert node.metrics.why_not == ""
-    node.emit("disconnected", why="connection reset", retry_ms=100)
+    node.emit("disconnected", why="connection reset", retry_ms=100, again=False)
     assert node.metrics.why_not == "not connected: connection reset"
     assert (node.value("peerturb_connected"), node.value("peerturb_disconnects_total")) == (0, 1)
     node.emit("measured", round=5, codes=16, void=0, loss=2.0, ms=500.0, tokens=640)

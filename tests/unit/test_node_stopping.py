@@ -30,12 +30,13 @@ class Sink:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.is_closed = False
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
 
     def close(self) -> None:
-        """Nothing is held."""
+        self.is_closed = True
 
 
 class Ended(Exception):
@@ -53,12 +54,15 @@ def signals_of(node: Node, sink: Sink) -> StopSignals:
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_leaves_and_the_second_ends(first: signal.Signals, second: signal.Signals) -> None:
     node = Node()
-    signals = signals_of(node, Sink())
+    sink = Sink()
+    signals = signals_of(node, sink)
     signals.on_signal(first)
     assert node.asked == [f"asked to stop ({first.name})"]
+    assert not sink.is_closed
     with pytest.raises(Ended, match=str(128 + second)):
         signals.on_signal(second)
     assert len(node.asked) == 1
+    assert sink.is_closed  # a live view gives the terminal back first
 
 
 def test_a_wish_to_stop_is_handed_on_to_the_next_node() -> None:

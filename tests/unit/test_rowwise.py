@@ -15,31 +15,11 @@ from peerturb.zo import crew, fast
 from peerturb.zo.coverage import check_owners
 from peerturb.zo.custom import CustomEvaluator, base_spec
 from peerturb.zo.families import RankOne
+from tests.rowwise_checks import DTYPES, NORMS, SHAPES, check_affine, check_linear
 from tests.zo_models import RandomSigns, manifest_of, small_model
 
-rowwise: Any = fast.rowwise()
+rowwise: Any = fast.rowwise(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(rowwise is None, reason="Numba is missing, or torch has another OpenMP")
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 2, 1, 1), (3, 10, 77, 45), (2, 130, 33, 64), (5, 6, 128, 31)]
-
-
-def signs_of(probes: int, count: int, seed: int) -> Tensor:
-    """Signs whose rows lie apart, as those of a page do."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (probes, count + 7), generator=generator).mul(2).sub(1).to(torch.int8)[:, 3 : count + 3]
-
-
-def sides_of(rows: int) -> Tensor:
-    sides = torch.ones(rows, 1, dtype=torch.float64)
-    sides[rows // 2 :] = -1
-    return sides
-
-
-def is_rounded_once(found: Tensor, exact: Tensor, accumulated: float) -> bool:
-    """Tell whether a result is as near to the exact one as its type allows, f32 sums being a little off."""
-    unit = torch.finfo(found.dtype).eps / 2
-    return bool(((found.double() - exact).abs() <= unit * exact.abs() * 1.001 + accumulated).all())
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -49,50 +29,21 @@ def is_rounded_once(found: Tensor, exact: Tensor, accumulated: float) -> bool:
 def test_a_linear_layer_is_corrected(
     dtype: torch.dtype, shape: tuple[int, int, int, int], has_bias: bool, threads: int
 ) -> None:
-    probes, rows, columns, out = shape
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(probes, rows, columns, generator=generator).to(dtype)
-    y = torch.randn(probes, rows, out, generator=generator).to(dtype)
-    a, b, bias = signs_of(probes, out, 2), signs_of(probes, columns, 3), signs_of(probes, out, 4)
-    dots = (x.double() * b[:, None]).sum(2, keepdim=True)
-    exact = y.double() + sides_of(rows) * (0.25 * dots * a[:, None] + (0.5 * bias[:, None] if has_bias else 0))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        rowwise.add_linear(
-            x, y, (a, 0), (b, 0), step=0.25, sides=2, bias=(bias, 0) if has_bias else None, bias_step=0.5
-        )
+        check_linear(rowwise, dtype, shape, has_bias=has_bias)
     finally:
         torch.set_num_threads(before)
-    assert is_rounded_once(y, exact, 1e-5 * columns**0.5)
 
 
-@pytest.mark.parametrize(("epsilon", "is_centred", "offset"), [(None, True, 0.0), (1e-5, True, 0.0), (2.0, False, 1.0)])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", SHAPES[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vectors_scale_and_shift(
-    dtype: torch.dtype, shape: tuple[int, int, int, int], epsilon: float | None, is_centred: bool, offset: float
+    dtype: torch.dtype, shape: tuple[int, int, int, int], norm: tuple[float | None, bool, float]
 ) -> None:
-    probes, rows, columns, _ = shape
-    x = (torch.randn(probes, rows, columns, generator=torch.Generator().manual_seed(1)) * 2 + 5).to(dtype)
-    scale, shift = (torch.linspace(low, 2, columns).to(dtype) for low in (0.5, -1))
-    up, down = signs_of(probes, columns, 2), signs_of(probes, columns, 3)
-    wide = x.double()
-    if epsilon is not None:
-        norm = nn.functional.layer_norm if is_centred else nn.functional.rms_norm
-        wide = norm(wide, (columns,), eps=epsilon)
-    exact = wide * (offset + scale.double() + sides_of(rows) * 0.125 * up[:, None])
-    exact = exact + shift.double() + sides_of(rows) * 0.25 * down[:, None]
-    found = rowwise.affine(
-        x, scale, shift, sides=2, scale_signs=(up, 0), scale_step=0.125, shift_signs=(down, 0), shift_step=0.25,
-        epsilon=epsilon, is_centred=is_centred, offset=offset,
-    )  # fmt: skip
-    assert is_rounded_once(found, exact, 1e-5)
-    bare = rowwise.affine(
-        x, None, None, sides=2, scale_signs=None, scale_step=0.0, shift_signs=None, shift_step=0.0,
-        epsilon=epsilon, is_centred=is_centred, offset=offset,
-    )  # fmt: skip
-    assert is_rounded_once(bare, wide, 1e-5)
+    check_affine(rowwise, dtype, shape, norm)
 
 
 def test_not_a_number_stays_one() -> None:
@@ -119,7 +70,7 @@ from peerturb.zo import fast
 x = torch.randn(2, 6, 70, generator=torch.Generator().manual_seed(1)).bfloat16()
 y = torch.randn(2, 6, 99, generator=torch.Generator().manual_seed(2)).bfloat16()
 ones = torch.ones(2, 99, dtype=torch.int8)
-fast.rowwise().add_linear(x, y, (ones, 0), (ones, 3), step=0.3, sides=2, bias=None, bias_step=0.0)
+fast.rowwise(torch.device("cpu")).add_linear(x, y, (ones, 0), (ones, 3), step=0.3, sides=2, bias=None, bias_step=0.0)
 print(y.view(torch.int16).long().flatten().mul(torch.arange(1, y.numel() + 1)).sum().item())
 """
     said = [
@@ -134,7 +85,7 @@ def test_scratch_memory_lasts_as_long_as_it_is_used() -> None:
     code = """
 import torch
 from peerturb.zo import fast
-rowwise, ones = fast.rowwise(), torch.ones(4, 40_000, dtype=torch.int8)
+rowwise, ones = fast.rowwise(torch.device("cpu")), torch.ones(4, 40_000, dtype=torch.int8)
 x, y = torch.ones(4, 6, 40_000), torch.ones(4, 6, 30_000)
 rowwise.add_linear(x, y, (ones, 0), (ones, 0), step=1e-4, sides=2, bias=None, bias_step=0.0)
 assert torch.allclose(y[:, 0], torch.full_like(y[:, 0], 5.0)), y
@@ -167,7 +118,7 @@ def test_torch_alone_gives_nearly_the_same(name: str, monkeypatch: pytest.Monkey
         return found
 
     fused = logits()
-    monkeypatch.setattr(fast, "rowwise", lambda: None)
+    monkeypatch.setattr(fast, "rowwise", lambda device: None)
     plain = logits()
     assert (fused - plain).abs().max() < 2e-5
     assert not torch.equal(fused, plain)  # or one of the two was not what it was taken for

@@ -25,6 +25,12 @@ stay_s = 5
 x = 1
 [[peers.rows]]
 x = 2
+[mixed]
+inline = { low = [1, 2], deep = { x = "}" } } # { y = 3 }
+rows = [ { x = 1 }, { x = 2 } ]
+several = [
+    { x = 1 },
+]
 """
 
 
@@ -47,6 +53,10 @@ x = 2
         (("peers", 1, "name"), 15),
         (("peers", 1, "life", "stay_s"), 17),
         (("peers", 1, "rows", 1, "x"), 21),
+        (("mixed", "inline", "low"), 23),
+        (("mixed", "inline", "deep", "x"), 23),
+        (("mixed", "rows", 1, "x"), 24),
+        (("mixed", "several", 0, "x"), 25),
         (("nowhere",), None),
         ((), None),
     ],
@@ -56,5 +66,6 @@ def test_a_path_has_the_line_of_its_key_or_of_what_it_belongs_to(path: tuple[str
 
 
 def test_parts_that_the_text_does_not_have_are_passed_over() -> None:
-    assert locate(TEXT, ("peers", 0, "line", "LineSpec", "up_mbit"))[0] == ("peers", 0, "line")
+    assert locate(TEXT, ("peers", 0, "line", "LineSpec", "up_mbit"))[0] == ("peers", 0, "line", "up_mbit")
+    assert locate(TEXT, ("mixed", "inline", "low", 1))[0] == ("mixed", "inline", "low")
     assert locate(TEXT, ("round", "toy", "count", "extra"))[0] == ("round", "count")

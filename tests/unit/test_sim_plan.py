@@ -127,7 +127,7 @@ def test_a_card_without_room_is_refused() -> None:
     ("text", "words"),
     [
         ("3:rtx4009", "did you mean 'rtx4090'"),
-        ("3:abacus", "There are"),
+        ("3:abacus", "there are"),
         ("0:rtx4090", "at least 1"),
         ("-2:rtx4090", "at least 1"),
         ("rtx4090,2:rtx4090", "twice"),

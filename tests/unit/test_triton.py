@@ -13,11 +13,17 @@ from peerturb.zo import directions, fast, plan, rounding, update
 from peerturb.zo.digest import run_digest, tensor_digest
 from peerturb.zo.directions import Probes, Span, SpanTable
 from peerturb.zo.update import Family, apply_update
+from tests.rowwise_checks import NORMS, check_affine, check_linear
 from tests.triton_interpreter import interpreted as interpreted  # a fixture
 from tests.zo_models import one_thread as one_thread  # the same
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from peerturb.zo.cuda import rowwise
+
 CPU = torch.device("cpu")
+DTYPES_OF_ROWS = [torch.float32, torch.float16]
+"""The interpreter cuts bf16 off instead of rounding it: tests/gpu has that."""
+SHAPES_OF_ROWS = [(1, 2, 1, 1), (3, 10, 77, 45), (1, 18, 600, 520)]
 SHAPES: list[tuple[tuple[int, ...], bool]] = [
     ((), False),
     ((0, 5), False),
@@ -70,6 +76,39 @@ def test_updates_and_digests(family: Family, dtype: DType, probes: int, request:
     for parameter, one, other in zip(manifest_of(dtype), expected, found, strict=True):
         assert torch.equal(one, other), parameter.name
     assert run_digest(manifest_of(dtype), found) == digest
+
+
+def test_sums_with_gaps(interpreted: ModuleType) -> None:
+    """A product padded on a card leaves a single column eight numbers apart."""
+    parameter = Parameter(index=2, name="w", shape=(300, 1), dtype="float32")
+    wide = torch.arange(2400, dtype=torch.int32).view(300, 8)
+    probes = Probes.of(run_key=1, round=2, slots=[0], samples=[0])
+    expected, found = torch.ones(300), torch.ones(300)
+    rounding.subtract(expected, 0, wide[:, :1].clone(), parameter, probes, 0.5, 0)
+    rounding.subtract(found, 0, wide[:, :1], parameter, probes, 0.5, 0)
+    assert torch.equal(found, expected)
+    assert torch.equal(found, 1 - 4.0 * torch.arange(300))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES_OF_ROWS)
+@pytest.mark.parametrize("dtype", DTYPES_OF_ROWS)
+def test_a_linear_layer_is_corrected(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], has_bias: bool, interpreted: ModuleType
+) -> None:
+    check_linear(rowwise, dtype, shape, has_bias=has_bias)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", SHAPES_OF_ROWS)
+@pytest.mark.parametrize("dtype", DTYPES_OF_ROWS)
+def test_vectors_scale_and_shift(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    norm: tuple[float | None, bool, float],
+    interpreted: ModuleType,
+) -> None:
+    check_affine(rowwise, dtype, shape, norm)
 
 
 @pytest.mark.parametrize("family", ["rank1", "dense"])

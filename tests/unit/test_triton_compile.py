@@ -72,6 +72,7 @@ def launches_of(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[Lau
     left, right = torch.zeros(128, 64, dtype=torch.int8), torch.zeros(136, 64, dtype=torch.int8)
     launch.rank1_update(flat, 0, left, right, few, 0.5, 7, 0)
     launch.rank1_update(flat, 0, left, right[:135], few, 0.5, 7, 0)
+    launch.vector_update(flat, 3, left, few, 0.5, 7, 0)
     launch.subtract(flat, 3, torch.zeros(9, dtype=torch.int32), 0.5, 7, 0, 1, 2)
     bits = torch.uint16 if dtype == torch.bfloat16 else torch.uint32
     launch.digest_sum(flat.view(bits), torch.zeros(1, dtype=torch.int64))
@@ -137,5 +138,5 @@ def test_every_kernel_compiles_without_fused_multiply_adds(
 def test_with_fusion_the_code_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail."""
     for launch in launches_of(torch.float32, monkeypatch):
-        if launch.kernel in ("dense_update", "rank1_update", "subtract"):
+        if launch.kernel in ("dense_update", "rank1_update", "vector_update", "subtract"):
             assert FUSED.search(compiled(launch, 90, enable_fp_fusion=True)["ptx"]), launch.kernel

@@ -35,6 +35,10 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Write the membership trace there, for `peerturb sim reproduce`."),
     ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Certificate and join token, made there at the first start."),
+    ] = None,
     tls_dir: Annotated[Path | None, typer.Option(help="Folder that `peerturb coordinator keys` filled.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Plaintext beyond loopback.")] = False,
     token: Annotated[
@@ -52,9 +56,16 @@ def serve(
 
     Started again on the same --data-dir, the run goes on where it stopped.
     """
-    from peerturb_coordinator.keys import read_token
+    from peerturb.errors import SpecError
+    from peerturb_coordinator.keys import read_token, ready_keys
     from peerturb_coordinator.settings import CoordinatorSettings
 
+    if keys is not None:
+        if tls_dir is not None or token is not None or insecure:
+            raise SpecError("--keys stands for --tls-dir and --token, and means TLS; leave the others away")
+        tls_dir = keys
+        # To look at the settings makes no files.
+        token = None if show_config else str(ready_keys(keys, [advertise] if advertise else []))
     flags = {
         "listen": listen,
         "advertise": advertise,

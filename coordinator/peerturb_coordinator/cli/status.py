@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 
+_PIPE_COLUMNS = 200
+"""Holds a row with the longest name."""
+
 _TIMEOUT_S = 10.0
 
 
@@ -124,6 +127,8 @@ def _show(answer: "pb.RunStatus") -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:  # whoever reads a pipe wants whole words, however long the lines
+        console = Console(width=_PIPE_COLUMNS)
     state = "finished" if answer.finished else "running"
     if answer.fault:
         state = f"[bold red]stopped: {escape(answer.fault)}[/]"

@@ -93,13 +93,35 @@ def run(
     wait_s: Annotated[
         float | None, typer.Option(help="Seconds to try to reach the coordinator at start.", show_default="30")
     ] = None,
+    idle: Annotated[
+        bool | None,
+        typer.Option(
+            "--idle",
+            help="Give way: pause while other processes use the card (or the CPU), or on battery.",
+            show_default=False,
+        ),
+    ] = None,
+    idle_pause_percent: Annotated[
+        float | None, typer.Option(help="Use by others from which on it pauses.", show_default="20")
+    ] = None,
+    idle_resume_percent: Annotated[
+        float | None, typer.Option(help="Use by others up to which it goes on.", show_default="10")
+    ] = None,
+    idle_pause_s: Annotated[
+        float | None, typer.Option(help="Seconds over which the first is averaged.", show_default="10")
+    ] = None,
+    idle_resume_s: Annotated[
+        float | None, typer.Option(help="Seconds over which the second is averaged.", show_default="60")
+    ] = None,
     compute: Annotated[str | None, typer.Option(hidden=True, help="torch, toy or stub.")] = None,
     config: Annotated[
         Path | None, typer.Option(envvar="PEERTURB_NODE_CONFIG", help="TOML file with any of these settings.")
     ] = None,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print the merged settings and exit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for every event.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details on standard error.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line for every event; rounds at most once a second.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Details, too: measurements, every round.")] = False,
 ) -> None:
     """Join a run: hold a replica, measure probes on private data, apply what everybody measured.
 
@@ -121,9 +143,7 @@ def run(
         return
 
     from peerturb.zo.heap import keep_large_blocks
-    from peerturb_node.logs import configure
     from peerturb_node.main import run_node
 
     keep_large_blocks()
-    configure(is_json=as_json, is_verbose=verbose)
-    raise typer.Exit(run_node(settings, is_json=as_json, stream=sys.stdout))
+    raise typer.Exit(run_node(settings, is_json=as_json, is_verbose=verbose, stream=sys.stdout))

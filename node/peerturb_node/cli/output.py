@@ -6,15 +6,15 @@ from pathlib import Path
 from peerturb.errors import SpecError
 
 
-def check_new(path: Path) -> Path:
-    """Return a file's path, its `~` resolved, if it can be written.
+def check_new(path: Path, *, remedy: str = "give --out another name, or remove it") -> Path:
+    """Return a file's path, its `~` resolved, if it can be written; `remedy` says what to do if it is there.
 
     Raises:
         SpecError: it exists, or its folder does not or cannot be written to.
     """
     whole = path.expanduser()
     if whole.exists():
-        raise SpecError(f"{path} exists; give --out another name, or remove it")
+        raise SpecError(f"{path} exists; {remedy}")
     if not whole.parent.is_dir():
         raise SpecError(f"{path} cannot be written: there is no folder {whole.parent}; make it, or name another")
     if not os.access(whole.parent, os.W_OK | os.X_OK):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peerturb.errors import LogError
@@ -36,6 +37,16 @@ class Replica:
     """Trained tensors in manifest order."""
     _weights: list[Tensor]
     _engine: ProbeEngine[Any] | ExactEngine[Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._weights[0].device
+
+    def release(self) -> None:
+        """Give memory back that only speeds up the next forward pass; on a card others may want it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def apply(self, sealed: RoundSealed) -> None:
         """Update the weights in place, exactly."""

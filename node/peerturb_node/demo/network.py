@@ -75,7 +75,7 @@ class Network:
         relay = await CountingRelay.open(self._port)
         self._relays[name] = relay
         command = peerturb(
-            "node", "run", "--json",
+            "node", "run", "--json", "--verbose",
             "--coordinator", f"127.0.0.1:{relay.port}",
             "--name", name,
             "--data", str(data),

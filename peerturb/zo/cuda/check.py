@@ -8,7 +8,7 @@ from peerturb import rng
 from peerturb.manifest import DType, Parameter
 from peerturb.rng import SIDE_DENSE, SIDE_LEFT, SIDE_ROUNDING
 from peerturb.zo import digest
-from peerturb.zo.cuda import launch
+from peerturb.zo.cuda import launch, rowwise
 from peerturb.zo.directions import Probes, Span, SpanTable, dense_signs, left_signs, right_signs
 from peerturb.zo.rounding import subtract
 
@@ -39,7 +39,27 @@ def wrong_kernel(device: torch.device) -> str | None:
         wrong = _wrong_update(parameter, weights.to(getattr(torch, dtype)), probes, table, codes, device)
         if wrong is not None:
             return wrong
-    return None
+    return _wrong_pass(device)
+
+
+def _wrong_pass(device: torch.device) -> str | None:
+    """Try what changes activations, whose last bits are free: 2 probes of 2 sides, 3 rows each."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn((2, 6, width), generator=generator) for width in (40, 72))
+    a, b = (torch.randint(0, 2, (2, width), generator=generator, dtype=torch.int8) * 2 - 1 for width in (72, 40))
+    sides = torch.tensor([1.0] * 3 + [-1.0] * 3).view(1, 6, 1)
+    expected = y + sides * 0.25 * ((x * b[:, None]).sum(2, keepdim=True) * a[:, None])
+    found = y.to(device)
+    on_device = [(signs.to(device), 0) for signs in (a, b)]
+    rowwise.add_linear(x.to(device), found, *on_device, step=0.25, sides=2, bias=None, bias_step=0.0)
+    if not torch.allclose(found.cpu(), expected, rtol=1e-4, atol=1e-4):
+        return "add_linear"
+    expected = torch.nn.functional.layer_norm(x, (40,), eps=1e-5) * (1 + sides * 0.25 * b[:, None])
+    found = rowwise.affine(
+        x.to(device), None, None, sides=2, scale_signs=on_device[1], scale_step=0.25, shift_signs=None, shift_step=0.0,
+        epsilon=1e-5,
+    )  # fmt: skip
+    return None if torch.allclose(found.cpu(), expected, rtol=1e-4, atol=1e-4) else "affine"
 
 
 def _wrong_update(

@@ -6,13 +6,12 @@ switches the fusion of multiplications with subtractions off: with it the update
 Words are 32 bits wide, as the generator's are; only a product has 64. Offsets of elements have 64 bits.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import triton
 import triton.language as tl
 
 from peerturb.rng import GROUP_BLOCKS, GROUP_SIGNS, KEY_STEPS, MULTIPLIERS, ROUNDING_SLOT, SIGNS_PER_BLOCK
+from peerturb.zo.cuda.jit import jit, kernel
 
 Block = Any
 """A Triton tensor, or one of its scalars: Triton has no types that a checker could follow."""
@@ -33,22 +32,18 @@ _FLUSH = tl.constexpr(256)
 """Probes whose codes' sum surely fits 16 bits: 127 * 256 < 2**15."""
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    return triton.jit(function)
+@jit
+def _plus(a, b):  # type: ignore[no-untyped-def]
+    return a + b
 
 
-def _kernel(*numbers: str) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a kernel once for all values of `numbers`: they change from round to round or tensor to tensor."""
-    return lambda function: triton.jit(function, do_not_specialize=[*numbers])
-
-
-@_jit
+@jit
 def _word(value):  # type: ignore[no-untyped-def]
     """Take an int32 argument's bits as an unsigned word."""
     return value.to(tl.uint32, bitcast=True)
 
 
-@_jit
+@jit
 def _philox(block, stream, sample, round, key0, slot):  # type: ignore[no-untyped-def]
     """Return the four words of each counter. Operands are uint32; whatever is the same for all lanes stays scalar."""
     c0, c1, c2, c3, key1 = block, stream, sample, round, slot
@@ -64,13 +59,13 @@ def _philox(block, stream, sample, round, key0, slot):  # type: ignore[no-untype
     return c0, c1, c2, c3
 
 
-@_jit
+@jit
 def _four(w0, w1, w2, w3):  # type: ignore[no-untyped-def]
     """Put a block's words beside each other: [R, C] four times -> [R, C, 2, 2], row-major w0, w1, w2, w3."""
     return tl.join(tl.join(w0, w2), tl.join(w1, w3))
 
 
-@_jit
+@jit
 def _noise(block, stream, chunk, round, run_key, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the rounding noise of whole blocks, eight elements each: uint32[ROWS, 8 * COLUMNS]."""
     nobody = tl.full([1, 1], _NOBODY, tl.uint32)
@@ -79,7 +74,7 @@ def _noise(block, stream, chunk, round, run_key, ROWS: tl.constexpr, COLUMNS: tl
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [ROWS, 8 * COLUMNS])
 
 
-@_jit
+@jit
 def _noise_of_each(element, stream, chunk, round, run_key):  # type: ignore[no-untyped-def]
     """The same for elements at any place, a block for each of them: eight times the work, no alignment asked for."""
     nobody = tl.full([1, 1], _NOBODY, tl.uint32)
@@ -90,20 +85,29 @@ def _noise_of_each(element, stream, chunk, round, run_key):  # type: ignore[no-u
     return tl.where((half & 1) == 0, word & 0xFFFF, word >> 16)
 
 
-@_jit
+@jit
+def _float_of(total):  # type: ignore[no-untyped-def]
+    """Return integers below 2**22 as f32, exactly: by an addition, where a conversion takes four times as long.
+
+    1.5 * 2**23 + n is the float whose bits are those of 1.5 * 2**23, plus n.
+    """
+    return (total + 0x4B40_0000).to(tl.float32, bitcast=True) - 12_582_912.0
+
+
+@jit
 def _step(total, scale):  # type: ignore[no-untyped-def]
     """D = f32(scale * U): U is exact in f32, so this is the one rounding."""
     return total.to(tl.float32) * scale
 
 
-@_jit
+@jit
 def _subtract_float32(pointers, mask, total, scale):  # type: ignore[no-untyped-def]
     """W - D, in place."""
     weight = tl.load(pointers, mask=mask, other=0.0)
     tl.store(pointers, weight - _step(total, scale), mask=mask)
 
 
-@_jit
+@jit
 def _subtract_bfloat16(pointers, mask, total, scale, noise):  # type: ignore[no-untyped-def]
     """W - D in f32, plus noise, upper half; the pointers are to uint16."""
     weight = (tl.load(pointers, mask=mask, other=0).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -113,7 +117,7 @@ def _subtract_bfloat16(pointers, mask, total, scale, noise):  # type: ignore[no-
     tl.store(pointers, (bits >> 16).to(tl.uint16), mask=mask)
 
 
-@_kernel("total_blocks", "scaled", "probes", "round", "run_key")
+@kernel("total_blocks", "scaled", "probes", "round", "run_key")
 def fill_signs(  # type: ignore[no-untyped-def]
     out, stride_probe, stride_column, height, blocks, streams, total_blocks, samples, slots, codes, scaled, probes,
     round, run_key, PROBES: tl.constexpr, BLOCKS: tl.constexpr,
@@ -147,7 +151,7 @@ def fill_signs(  # type: ignore[no-untyped-def]
     tl.store(pointers, signs, mask=inside)
 
 
-@_kernel("first_group", "groups", "stream", "round", "run_key")
+@kernel("first_group", "groups", "stream", "round", "run_key")
 def fill_dense(  # type: ignore[no-untyped-def]
     out, width, first_group, groups, samples, slots, stream, round, run_key, BLOCKS: tl.constexpr
 ):
@@ -166,7 +170,7 @@ def fill_dense(  # type: ignore[no-untyped-def]
         tl.store(target + word * _GROUP_BLOCKS, (1 - 2 * bit).to(tl.int8), mask=inside)
 
 
-@_jit
+@jit
 def _packed_sums(  # type: ignore[no-untyped-def]
     block, start, stop, samples, slots, codes, stream, round, run_key, BLOCKS: tl.constexpr
 ):
@@ -189,14 +193,14 @@ def _packed_sums(  # type: ignore[no-untyped-def]
     return s0, s1, s2, s3
 
 
-@_jit
+@jit
 def _halves(packed):  # type: ignore[no-untyped-def]
     """Split packed sums into those of the lower and of the upper 16 planes."""
     low = (packed << 16) >> 16
     return low, (packed - low) >> 16
 
 
-@_jit
+@jit
 def _finish(  # type: ignore[no-untyped-def]
     weights, elements, sums, everything, scale, plane, WORD: tl.constexpr, noise_stream, chunk, round, run_key,
     IS_BFLOAT16: tl.constexpr, BLOCKS: tl.constexpr,
@@ -218,7 +222,7 @@ def _finish(  # type: ignore[no-untyped-def]
         _subtract_float32(weights + element, element < elements, total, scale)
 
 
-@_kernel("elements", "probes", "everything", "scale", "stream", "noise_stream", "chunk", "round", "run_key")
+@kernel("elements", "probes", "everything", "scale", "stream", "noise_stream", "chunk", "round", "run_key")
 def dense_update(  # type: ignore[no-untyped-def]
     weights, elements, samples, slots, codes, probes, everything, scale, stream, noise_stream, chunk, round, run_key,
     IS_SHORT: tl.constexpr, IS_BFLOAT16: tl.constexpr, BLOCKS: tl.constexpr,
@@ -273,7 +277,7 @@ def dense_update(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@_kernel("first", "rows", "scale", "noise_stream", "chunk", "round", "run_key")
+@kernel("first", "rows", "scale", "noise_stream", "chunk", "round", "run_key")
 def rank1_update(  # type: ignore[no-untyped-def]
     weights, first, rows, columns, left, right, depth, scale, noise_stream, chunk, round, run_key,
     IS_BFLOAT16: tl.constexpr, IS_ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -286,7 +290,7 @@ def rank1_update(  # type: ignore[no-untyped-def]
         rows, columns: Extents.
         left: int8[rows, depth], codes times signs, contiguous.
         right: int8[columns, depth], signs, contiguous.
-        depth: Probes, padded with zeros to a multiple of DEPTH.
+        depth: Probes, padded with zeros to a multiple of DEPTH; at most 2**15, so that sums stay below 2**22.
         IS_ALIGNED: `first` and `columns` are multiples of 8, so that blocks of noise do not straddle rows.
     """
     i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -299,6 +303,7 @@ def rank1_update(  # type: ignore[no-untyped-def]
         a = tl.load(lefts + start, mask=(i < rows)[:, None], other=0)
         b = tl.load(rights + start, mask=(j < columns)[None, :], other=0)
         total = tl.dot(a, b, total, out_dtype=tl.int32)
+    total = _float_of(total)
     mask = (i < rows)[:, None] & (j < columns)[None, :]
     # Inside a tile 32 bits are enough (a row of 2**24 elements is long): offsets are half of a thread's registers.
     corner = first.to(tl.int64) + (tl.program_id(1) * ROWS).to(tl.int64) * columns + tl.program_id(0) * COLUMNS
@@ -320,7 +325,35 @@ def rank1_update(  # type: ignore[no-untyped-def]
         _subtract_float32(pointers, mask, total, scale)
 
 
-@_kernel("first", "stop", "scale", "noise_stream", "chunk", "round", "run_key")
+@kernel("first", "stop", "scale", "noise_stream", "chunk", "round", "run_key")
+def vector_update(  # type: ignore[no-untyped-def]
+    weights, first, stop, left, depth, scale, noise_stream, chunk, round, run_key,
+    IS_BFLOAT16: tl.constexpr, ELEMENTS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Subtract the steps of U, the sum over each row of `left`, from elements first..stop of a vector.
+
+    Args:
+        left: int8[stop - first, depth], codes times signs, contiguous; depth is a multiple of DEPTH, at most 2**15.
+    """
+    eights: tl.constexpr = ELEMENTS // 8
+    origin = (first // 8) * 8 + tl.program_id(0) * ELEMENTS
+    element = origin + tl.arange(0, ELEMENTS)
+    mask = (element >= first) & (element < stop)
+    signs = left + (element - first).to(tl.int64)[:, None] * depth + tl.arange(0, DEPTH)[None, :]
+    partial = tl.full([ELEMENTS, DEPTH], 0, tl.int32)
+    for start in range(0, depth, DEPTH):
+        partial += tl.load(signs + start, mask=mask[:, None], other=0).to(tl.int32)
+    total = _float_of(tl.reduce(partial, 1, _plus))[None, :]
+    element, mask = element[None, :], mask[None, :]
+    if IS_BFLOAT16:
+        block = ((origin >> 3) + tl.arange(0, eights))[None, :].to(tl.uint32)
+        noise = _noise(block, _word(noise_stream), _word(chunk), _word(round), _word(run_key), 1, eights)
+        _subtract_bfloat16(weights + element, mask, total, scale, noise)
+    else:
+        _subtract_float32(weights + element, mask, total, scale)
+
+
+@kernel("first", "stop", "scale", "noise_stream", "chunk", "round", "run_key")
 def subtract(  # type: ignore[no-untyped-def]
     weights, first, stop, total, scale, noise_stream, chunk, round, run_key,
     IS_BFLOAT16: tl.constexpr, ELEMENTS: tl.constexpr,
@@ -340,12 +373,7 @@ def subtract(  # type: ignore[no-untyped-def]
         _subtract_float32(weights + element, mask, sums, scale)
 
 
-@_jit
-def _plus(a, b):  # type: ignore[no-untyped-def]
-    return a + b
-
-
-@_kernel("elements", "out")
+@kernel("elements", "out")
 def digest_sum(words, elements, out, ELEMENTS: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add sum of h(i) * x[i] mod 2**64 of a tensor's bits (uint16 or uint32) to `out`, an int64."""
     start = tl.program_id(0).to(tl.int64) * (ELEMENTS * STEPS)

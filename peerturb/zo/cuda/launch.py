@@ -25,10 +25,14 @@ TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 64, 128, 8
 compiler's report for sm_90); neighbouring tiles find their signs in the second-level cache."""
 TILE_DEPTH = 32
 """Probes of one step of the product, the least int8 units take."""
+TILE_DEPTH_MAX = 2**15
+"""Probes of which 127 each sum up to less than 2**22 (kernels._float_of)."""
 SIGN_PROBES, SIGN_BLOCKS = 32, 2
 """Probes and counters of a program that writes signs: 32 neighbouring bytes in either order of the output."""
 FLAT_ELEMENTS = 2048
 """Elements of a program that subtracts given sums: 16 a thread, whose noise takes two counters."""
+VECTOR_ELEMENTS = 64
+"""Elements of a vector's program: 16 sums a thread on their way."""
 DIGEST_ELEMENTS, DIGEST_STEPS = 1024, 16
 """Elements of one step of a digest's program, and steps: one atomic addition for 16 Ki elements."""
 _GRID_SECOND_MAX = 65_535
@@ -137,13 +141,15 @@ def rank1_update(
     Args:
         flat: The whole tensor, f32 or bf16, one-dimensional, contiguous.
         first: Index of the first element concerned.
-        left: int8[rows, depth], contiguous, codes times signs; depth is a multiple of TILE_DEPTH.
+        left: int8[rows, depth], contiguous, codes times signs; depth is a multiple of TILE_DEPTH, at most
+            TILE_DEPTH_MAX.
         right: int8[columns, depth], contiguous, signs.
         probes: Gives round and run key.
         scale, noise_stream, chunk: As above.
     """
     (rows, depth), columns = left.shape, right.shape[0]
     assert depth % TILE_DEPTH == 0
+    assert depth <= TILE_DEPTH_MAX
     assert left.is_contiguous()
     assert right.is_contiguous()
     height = _GRID_SECOND_MAX * TILE_ROWS
@@ -157,11 +163,32 @@ def rank1_update(
         )  # fmt: skip
 
 
+def vector_update(
+    flat: Tensor, first: int, left: Tensor, probes: ProbeTable, scale: float, noise_stream: int, chunk: int
+) -> None:
+    """Subtract f32(scale * U), U = the sum over each row of `left`, from elements of a vector, in place.
+
+    Args:
+        flat, first, probes, scale, noise_stream, chunk: As above; a vector has fewer than 2**31 elements.
+        left: int8[elements, depth], contiguous, codes times signs; depth as above.
+    """
+    elements, depth = left.shape
+    assert left.is_contiguous()
+    assert depth % TILE_DEPTH == 0
+    assert depth <= TILE_DEPTH_MAX
+    if elements:
+        _launch(
+            kernels.vector_update, (_count(first % 8 + elements, VECTOR_ELEMENTS),), _bits(flat), first,
+            first + elements, left, depth, scale, _signed(noise_stream), _signed(chunk), probes.round, probes.run_key,
+            IS_BFLOAT16=_is_bfloat16(flat), ELEMENTS=VECTOR_ELEMENTS, DEPTH=TILE_DEPTH,
+        )  # fmt: skip
+
+
 def subtract(
     flat: Tensor, first: int, total: Tensor, scale: float, noise_stream: int, chunk: int, round: int, run_key: int
 ) -> None:
     """Subtract f32(scale * U) from elements first.. of a whole tensor, in place; U in int32 or exact f32."""
-    sums = total.reshape(-1)
+    sums = total.reshape(-1).contiguous()  # of a single column a view with gaps
     if len(sums) == 0:
         return
     _launch(
