@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from peerturb.manifest import DType
+from peerturb.noise import Estimator
 from peerturb.spec import ModelSpec
 
 ANCHORS = ((2.6e5, 1.5e-2), (9.3e5, 1.5e-2), (3.1e6, 3e-3), (5e8, 5e-4), (1.3e10, 2e-4))
@@ -26,6 +27,14 @@ LARGE = 100_000_000
 """Parameters from which on a round is bounded by time instead of by a number of probes."""
 
 
+EXACT_FACTOR, HALF_CODES = 24.0, 8_192
+"""Where exact contributions are allowed: the rate above holds for about 128 codes; so many times as much is the rate of
+a round of very many codes, and half of that of one with HALF_CODES of them. From trials at 0.26 and 0.87 million
+parameters: 1 024 codes learned best at rates of 0.02 to 0.04, 4 096 at 0.1 to 0.2."""
+
+EXACT_EXAMPLES, EXACT_CODES = 32, 4_096
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """Values of a RunSpec, and for each one why."""
@@ -36,11 +45,22 @@ class Preset:
     budget_ms: int
     examples_per_probe: int
     rounds: int
+    half_codes: int
+    """0 where exact contributions are not allowed."""
+    exact_examples: int
+    exact_codes: int
     why: dict[str, str]
     """Field -> where its value comes from, one line each."""
 
 
-def preset(parameters: int, kind: str = "text", *, dtype: DType = "float32", is_adapter: bool = False) -> Preset:
+def preset(
+    parameters: int,
+    kind: str = "text",
+    *,
+    dtype: DType = "float32",
+    is_adapter: bool = False,
+    estimators: tuple[Estimator, ...] = ("spsa",),
+) -> Preset:
     """Return the values to start with.
 
     Args:
@@ -48,6 +68,7 @@ def preset(parameters: int, kind: str = "text", *, dtype: DType = "float32", is_
         kind: of the objective: `text`, `completion`, `labels` or one of a user's own.
         dtype: of the weights, and of the activations.
         is_adapter: whether only adapters are trained (LoRA).
+        estimators: that the run allows.
     """
     why: dict[str, str] = {}
     if is_adapter:
@@ -61,6 +82,12 @@ def preset(parameters: int, kind: str = "text", *, dtype: DType = "float32", is_
         why["epsilon"] = "float32: 1e-4 learns as fast, 1e-2 on one of two models slower"
     rate = _interpolated(parameters)
     evidence = "as for a whole model of this size, not measured for adapters" if is_adapter else _evidence(parameters)
+    has_exact = "exact" in estimators
+    if has_exact:
+        rate = two_digits(EXACT_FACTOR * rate)
+        why["half_codes"] = "rounds of few codes make a small part of the step, of many nearly all of it"
+        why["exact_examples"] = "sequences behind one gradient; more of them, not more codes, help noisy gradients"
+        why["exact_codes"] = "one byte each; beyond a tenth of the parameters they add little"
     why["learning_rate"] = f"{evidence}; `peerturb tune` checks it"
     probes = 128 if parameters < LARGE else 64
     why["probes_max"] = "of each node; aim at 256 or more a round from all together"
@@ -77,6 +104,9 @@ def preset(parameters: int, kind: str = "text", *, dtype: DType = "float32", is_
         budget_ms=budget_ms,
         examples_per_probe=examples,
         rounds=400,
+        half_codes=HALF_CODES if has_exact else 0,
+        exact_examples=EXACT_EXAMPLES,
+        exact_codes=EXACT_CODES,
         why=why,
     )
 
@@ -177,6 +207,7 @@ def run_toml(
     seed: int = 0,
     classes: int = 0,
     positions_max: int | None = None,
+    estimators: tuple[Estimator, ...] = ("spsa",),
 ) -> str:
     """Return a whole RUN.toml to start from, each chosen value with its reason.
 
@@ -189,7 +220,9 @@ def run_toml(
         classes: outputs of the head (`classes` only).
         positions_max: the model's, None if it has no limit.
     """
-    chosen = preset(parameters, kind, dtype=model.dtype, is_adapter=model.adapter is not None)
+    is_adapter = model.adapter is not None
+    chosen = preset(parameters, kind, dtype=model.dtype, is_adapter=is_adapter, estimators=estimators)
+    has_exact = "exact" in estimators
 
     def line(key: str, value: str, reason: str) -> str:
         return f"{key} = {value}  # {chosen.why[reason]}"
@@ -203,9 +236,13 @@ def run_toml(
         "",
         "[perturbation]",
         line("epsilon", number(chosen.epsilon), "epsilon"),
+        *([f"estimators = {_toml(list(estimators))}", "", "[perturbation.exact]"] if has_exact else []),
+        *([line("examples", str(chosen.exact_examples), "exact_examples")] if has_exact else []),
+        *([line("codes", str(chosen.exact_codes), "exact_codes")] if has_exact else []),
         "",
         "[step]",
         line("learning_rate", number(chosen.learning_rate), "learning_rate"),
+        *([line("half_codes", str(chosen.half_codes), "half_codes")] if has_exact else []),
         'schedule = "linear"',
         "final_fraction = 0.1",
         "",

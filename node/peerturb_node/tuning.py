@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peerturb.errors import SpecError
+from peerturb.noise import Estimator
 from peerturb.presets import number, preset
 from peerturb.spec import RunSpec
 from peerturb.zo.checkpoint import load_checkpoint
@@ -53,6 +54,8 @@ class Tuned:
     recommendation: Recommendation
     compute_dtype: str
     """Type in which losses were computed."""
+    estimator: Estimator
+    """How projected gradients were found."""
     warning: str | None
     """What a node would say about the recommended epsilon in that type (without one: about the start's), or None."""
     is_cut: bool
@@ -65,6 +68,7 @@ class Tuned:
             "model": self.model,
             "parameters": self.parameters,
             "compute_dtype": self.compute_dtype,
+            "estimator": self.estimator,
             "probes": self.probes,
             "rounds": self.rounds,
             "seconds": round(self.seconds, 1),
@@ -88,7 +92,7 @@ class Tuned:
         return "\n".join(
             [
                 "[perturbation]",
-                f"epsilon = {number(chosen.epsilon)}",
+                *([f"epsilon = {number(chosen.epsilon)}"] if self.estimator == "spsa" else []),
                 f"initial_scale = {number(float(f'{self.scale:.3g}'))}",
                 "",
                 "[step]",
@@ -148,6 +152,7 @@ def tune(
         final=tuple(trials.final),
         recommendation=found,
         compute_dtype=prepared.compute_dtype,
+        estimator=sweep.estimator,
         warning=" ".join(filter(None, (prepared.warning((found.setting or start).epsilon), sweep.slowness))) or None,
         is_cut=trials.is_cut,
         seconds=now_s() - trials.began_s,
@@ -180,11 +185,14 @@ class _Trials:
 
     def search(self, start: Setting, rounds: int) -> None:
         """Try settings of so many rounds until nothing is left to try, or no time."""
-        while not self.is_cut and (setting := next_setting(start, self.outcomes)) is not None:
+        while not self.is_cut and (setting := self._next(start)) is not None:
             if (outcome := self._run(setting, rounds)) is None:
                 self.is_cut = True
             else:
                 self.outcomes.append(outcome)
+
+    def _next(self, start: Setting) -> Setting | None:
+        return next_setting(start, self.outcomes, has_epsilon=self._sweep.estimator == "spsa")
 
     def compare(self, start: Setting, rounds: int) -> None:
         """Try the two best for longer, if there is time for both."""
@@ -255,6 +263,7 @@ def _sweep(prepared: Prepared, spec: RunSpec, settings: NodeSettings, probes: in
     return Sweep(
         prepared.runner, spec, prepared.items, prepared.manifest, weights=list(prepared.named.values()),
         on_update=follow, held_out=held_out if held else None, probes=probes, rows_max=settings.rows or None,
+        estimator=settings.estimator,
     )  # fmt: skip
 
 
@@ -264,7 +273,10 @@ def starting_point(spec: RunSpec, parameters: int) -> Setting:
     Raises:
         SpecError: the rule is `sgd`, whose rates have no preset, and no rate is given.
     """
-    chosen = preset(parameters, spec.objective.kind, dtype=spec.model.dtype, is_adapter=spec.model.adapter is not None)
+    chosen = preset(
+        parameters, spec.objective.kind, dtype=spec.model.dtype, is_adapter=spec.model.adapter is not None,
+        estimators=spec.perturbation.estimators,
+    )  # fmt: skip
     is_given = "learning_rate" in spec.step.model_fields_set
     if spec.step.rule == "sgd" and not is_given:
         raise SpecError('step.rule = "sgd" has no preset: give step.learning_rate, 1e-5 for instance, to start from')

@@ -92,8 +92,8 @@ class Recommendation:
     """Why, in a sentence or two, and what to do."""
 
 
-def next_setting(start: Setting, done: Sequence[Outcome]) -> Setting | None:
-    """Return what to try after these outcomes, None when the search is over."""
+def next_setting(start: Setting, done: Sequence[Outcome], *, has_epsilon: bool = True) -> Setting | None:
+    """Return what to try after these outcomes, None when the search is over; without `has_epsilon` rates alone."""
     rates = {one.setting.learning_rate: one for one in done if one.setting.epsilon == start.epsilon}
     if not rates:
         return start
@@ -104,7 +104,7 @@ def next_setting(start: Setting, done: Sequence[Outcome]) -> Setting | None:
             return Setting(epsilon=start.epsilon, learning_rate=two_digits(rate / RATE_STEP))
         if rate == max(rates):
             return Setting(epsilon=start.epsilon, learning_rate=two_digits(rate * RATE_STEP))
-    if best.has_diverged:
+    if best.has_diverged or not has_epsilon:
         return None
     tried = {one.setting.epsilon for one in done}
     for epsilon in (start.epsilon * EPSILON_STEP, start.epsilon / EPSILON_STEP):

@@ -5,9 +5,8 @@ One process, one slot, no log. Weights are restored bit for bit after every sett
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +18,8 @@ from peerturb.ids import RoundNumber, Slot
 from peerturb.manifest import Manifest
 from peerturb.spec import RunSpec
 from peerturb.zo.batch import Evaluator
-from peerturb.zo.coverage import SlowWarning
+from peerturb.zo.choosing import Wanted, choose_engine
 from peerturb.zo.data import evenly
-from peerturb.zo.probe import ProbeEngine
 from peerturb.zo.room import in_parts
 from peerturb.zo.search import Outcome, Setting
 from peerturb.zo.shortage import memory_for
@@ -54,6 +52,7 @@ class Sweep(Generic[Item]):
         held_out: returns the held-out loss of the weights as they are; None without held-out data.
         probes: in a round.
         rows_max: most rows in one forward; by default the engine chooses.
+        estimator: how projected gradients are found, within what the run allows; `auto`: exact where it can be.
 
     Raises:
         ModelError: a parameter cannot be perturbed, or memory runs out.
@@ -72,8 +71,8 @@ class Sweep(Generic[Item]):
         held_out: Callable[[], float] | None = None,
         probes: int | None = None,
         rows_max: int | None = None,
+        estimator: Wanted = "auto",
     ) -> None:
-        self.probes = spec.round.probes_max if probes is None else min(probes, spec.round.probes_max)
         self.scale = float(np.float32(spec.perturbation.initial_scale))
         """Scale that suits round 0 at the saved point; found by `settle`."""
         self._spec = spec
@@ -83,8 +82,12 @@ class Sweep(Generic[Item]):
         with memory_for("a second copy of the weights", evaluator.device):
             self._saved = [weight.clone() for weight in self._weights]
         self._evaluator = evaluator
-        with warnings.catch_warnings(action="ignore", category=SlowWarning):
-            self._engine = ProbeEngine(evaluator, spec, items, rows_max=rows_max)
+        chosen = choose_engine(evaluator, spec, items, wanted=estimator, rows_max=rows_max)
+        self._engine, self.estimator = chosen.engine, chosen.estimator
+        rules = spec.perturbation.exact_rules
+        most = rules.codes if chosen.estimator == "exact" else spec.round.probes_max
+        self.probes = most if probes is None else min(probes, most)
+        """Codes of a round."""
         self.slowness = self._engine.slowness
         """Why probes are measured one at a time; None: they are not."""
         self._sample = evenly(items, SAMPLE_ITEMS)
@@ -97,8 +100,8 @@ class Sweep(Generic[Item]):
 
         A run finds the scale in its first rounds by itself; a sweep has only a few.
         """
-        measured = self._engine.measure(RoundNumber(0), slot=SLOT, count=self.probes)
-        gradients = self._engine.projected_gradients(measured)
+        engine: Any = self._engine  # each kind measures in a form of its own
+        gradients = engine.projected_gradients(engine.measure(RoundNumber(0), slot=SLOT, count=self.probes))
         finite = gradients[np.isfinite(gradients)]
         rms = math.sqrt(float(np.mean(finite**2))) if finite.size else 0.0
         if rms > 0:

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from dataclasses import fields
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 from peerturb.manifest import DType
 from peerturb.presets import ANCHORS, KINDS, MEASURED_MAX, number, preset, run_toml, two_digits
 from peerturb.spec import AdapterSpec, ModelSpec, RunSpec
+
+EXACT = ("half_codes", "exact_examples", "exact_codes")
+"""Fields for runs that allow exact contributions."""
 
 SIZES = [1, 1_000, 260_032, 869_504, 3_148_224, 22_700_000, 1_300_000_000, 70_000_000_000, 10**13]
 
@@ -34,7 +38,8 @@ def test_the_printed_file_is_a_runspec_with_the_presets_values(parameters: int, 
         spec.objective.examples_per_probe,
         spec.round.count,
     )
-    assert found == tuple(getattr(chosen, field.name) for field in fields(chosen) if field.name != "why")
+    assert found == tuple(getattr(chosen, field.name) for field in fields(chosen) if field.name not in ("why", *EXACT))
+    assert spec.perturbation.estimators == ("spsa",)
     # Every chosen value has its reason beside it.
     for key in ("epsilon", "learning_rate", "probes_max", "budget_ms", "examples_per_probe", "count"):
         assert re.search(rf"^{key} = \S+  # \S.*$", text, re.MULTILINE), key
@@ -44,9 +49,29 @@ def test_every_value_has_a_reason_that_tells_measured_from_published() -> None:
     names = {field.name for field in fields(preset(1)) if field.name != "why"}
     for parameters in SIZES:
         why = preset(parameters).why
-        assert set(why) == names
+        assert set(why) == names - set(EXACT)
+        assert set(preset(parameters, estimators=("spsa", "exact")).why) == names
         assert ("not measured here" in why["learning_rate"]) == (parameters > MEASURED_MAX)
         assert "measured" in why["learning_rate"]
+
+
+@pytest.mark.parametrize("estimators", [("exact",), ("spsa", "exact")])
+@pytest.mark.parametrize("parameters", SIZES)
+def test_a_file_for_exact_contributions_has_their_rules(parameters: int, estimators: tuple[Any, ...]) -> None:
+    model = ModelSpec(name="base", digest="ab" * 32)
+    text = run_toml(model, name="try", parameters=parameters, kind="text", estimators=estimators)
+    spec = RunSpec.from_document(tomllib.loads(text), source="RUN.toml")
+    chosen, plain = preset(parameters, estimators=estimators), preset(parameters)
+    assert spec.perturbation.estimators == estimators
+    rules = spec.perturbation.exact_rules
+    assert (rules.examples, rules.codes, spec.step.half_codes) == tuple(
+        getattr(chosen, name) for name in ("exact_examples", "exact_codes", "half_codes")
+    )
+    # A round of 128 codes moves the weights less than the rate for such rounds would, one of 4 096 a few times more.
+    steps = {n: spec.step.learning_rate * n / (n + spec.step.half_codes) for n in (128, 4_096)}
+    assert 0.2 * plain.learning_rate < steps[128] < plain.learning_rate < steps[4_096] < 10 * plain.learning_rate
+    for key in ("examples", "codes", "half_codes", "learning_rate"):
+        assert re.search(rf"^{key} = \S+  # \S.*$", text, re.MULTILINE), key
 
 
 @pytest.mark.parametrize("parameters", SIZES)

@@ -174,3 +174,11 @@ def test_a_larger_rate_is_named_from_the_search_where_no_longer_trial_had_one() 
     assert "1.5000 in 10 rounds; 0.03 diverges" in recommend(START, done, final).text
     assert "no larger rate" in recommend(START, done[:1], final).text
     assert "0.03 learns nothing" in recommend(START, [done[0], outcome(larger, 5.01)], final).text
+
+
+def test_without_epsilon_only_rates_are_tried() -> None:
+    done: list[Outcome] = []
+    while (setting := next_setting(START, done, has_epsilon=False)) is not None:
+        done.append(outcome(setting, valley(1e-2)(setting)))
+    assert {one.setting.epsilon for one in done} == {START.epsilon}
+    assert len(done) > 1

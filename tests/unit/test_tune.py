@@ -124,6 +124,18 @@ def test_json_has_every_setting(run: Run, run_file: Path, files: TaskFiles) -> N
     assert bool(document["toml"]) == (document["recommendation"] is not None)
 
 
+def test_a_run_of_exact_contributions_is_tuned_with_them(tmp_path: Path, run: Run, files: TaskFiles) -> None:
+    extra = '[perturbation]\nestimators = ["spsa", "exact"]\nexact = { examples = 8, codes = 300 }\n'
+    run_file = write_spec(tmp_path / "RUN.toml", "learning_rate = 5e-2\nhalf_codes = 256", extra)
+    asked = ["tune", run_file, "--data", files.train[0], "--model", BASE_MODEL_FOLDER, "--budget", "6", "--json"]
+    document = json.loads(run(*asked, "--device", "cpu")[1])
+    assert (document["estimator"], document["probes"] <= 300) == ("exact", True)
+    assert len({one["epsilon"] for one in document["settings"]}) == 1  # it does not matter
+    assert "epsilon" not in document["toml"]
+    document = json.loads(run(*asked, "--device", "cpu", "--estimator", "spsa", "--probes", "4")[1])
+    assert document["estimator"] == "spsa"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_measures_what_a_node_with_these_settings_does(run_file: Path, files: TaskFiles, dtype: str) -> None:
     """The first setting is the RunSpec's own: a node that starts with its scale gets the same codes and loss."""

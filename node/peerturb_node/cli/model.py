@@ -11,12 +11,15 @@ from peerturb import limits
 
 if TYPE_CHECKING:
     from peerturb.manifest import Manifest
+    from peerturb.noise import Estimator
     from peerturb.spec import ModelSpec
     from peerturb.zo.quantised import Packing
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 _TENSORS_SHOWN = 40
+
+_ESTIMATORS: "dict[str, tuple[Estimator, ...]]" = {"spsa": ("spsa",), "exact": ("exact",), "both": ("spsa", "exact")}
 
 _SEED_MAX = 2**63 - 1
 """A RunSpec's largest."""
@@ -58,17 +61,26 @@ def model(
             show_default="text; completion for an encoder-decoder",
         ),
     ] = None,
+    estimators: Annotated[
+        str,
+        typer.Option(
+            metavar="spsa|exact|both", help="What RUN.toml allows: pairs of forward passes, backward passes, or both."
+        ),
+    ] = "spsa",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write RUN.toml here; never over a file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print a model's digest, its trainable tensors, and a whole RUN.toml with values that suit its size."""
     from peerturb_node.cli.output import check_new, write_new
 
+    if estimators not in _ESTIMATORS:
+        raise typer.BadParameter(f"{estimators!r} is none of spsa, exact, both", param_hint="--estimators")
     _check(dtype, adapter, target, quantise, objective, classes)
     target_file = None if out is None else check_new(out)
     chosen = {"kind": adapter, "rank": rank, "targets": target or ["*"]} if adapter is not None else None
+    allowed = _ESTIMATORS[estimators]
     asked = {"dtype": dtype, "exclude": exclude or [], "adapter": chosen, "quantise": quantise}
-    found = _examine(name, label, asked, classes=classes, seed=seed, objective=objective)
+    found = _examine(name, label, asked, classes=classes, seed=seed, objective=objective, estimators=allowed)
     if target_file is not None:
         write_new(target_file, found.run_toml)
     if as_json:
@@ -104,7 +116,14 @@ class _Found:
 
 
 def _examine(
-    name: str, label: str | None, asked: dict[str, Any], *, classes: int, seed: int, objective: str | None
+    name: str,
+    label: str | None,
+    asked: dict[str, Any],
+    *,
+    classes: int,
+    seed: int,
+    objective: str | None,
+    estimators: "tuple[Estimator, ...]",
 ) -> _Found:
     """Load a model and write a RunSpec for it.
 
@@ -115,6 +134,7 @@ def _examine(
         classes: of a head; 0 for none.
         seed: the RunSpec's.
         objective: its kind; None: what suits the model.
+        estimators: that RUN.toml allows.
     """
     from peerturb.errors import SpecError
     from peerturb.presets import run_toml

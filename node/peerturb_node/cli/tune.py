@@ -44,6 +44,9 @@ def tune(
             metavar="auto|float32|bfloat16|float16", help="Type in which losses are computed, as nodes will be told."
         ),
     ] = "auto",
+    estimator: Annotated[
+        str, typer.Option(metavar="auto|spsa|exact", help="How projected gradients are found, as nodes will be told.")
+    ] = "auto",
     fields: Annotated[str | None, typer.Option(metavar="FIELD=COLUMN,...", help="Names of the fields.")] = None,
     template: Annotated[str | None, typer.Option(help="Template for this data, instead of the RunSpec's.")] = None,
     out: Annotated[
@@ -64,7 +67,8 @@ def tune(
     flags = {
         # No coordinator is asked; a node's settings want one.
         "coordinator": "127.0.0.1:7470", "data": data, "eval": eval_, "model": model, "device": device,
-        "threads": threads, "rows": rows, "compute_dtype": compute_dtype, "fields": fields, "template": template,
+        "threads": threads, "rows": rows, "compute_dtype": compute_dtype, "estimator": estimator,
+        "fields": fields, "template": template,
     }  # fmt: skip
     settings = settings_module.load({key: value for key, value in flags.items() if value is not None})
 
@@ -114,7 +118,8 @@ def _show(found: "Tuned", out: Path | None) -> None:
     if console.width < _WIDTH:  # a cut cell says nothing; a terminal wraps the line
         console = Console(width=_WIDTH)
     console.print(
-        f"{found.parameters:,} parameters, losses in {found.compute_dtype}, {found.probes} probes a round, "
+        f"{found.parameters:,} parameters, losses in {found.compute_dtype}, {found.probes:,} "
+        f"{'exact codes' if found.estimator == 'exact' else 'probes'} a round, "
         f"{found.seconds:.0f} s"
     )
     has_held_out = any(one.held_out_after is not None for one in found.outcomes)
