@@ -1,9 +1,9 @@
 """What an exact contribution costs: the backward pass it needs anyway, and its codes on top.
 
-A Llama of 55 million parameters with random weights, 32 sequences of 64 tokens, 4 096 directions of `rank1`; in a
-process of its own, whose allocator gives every large block back at once. Times: value is a whole contribution,
-reference its gradient alone, pairs in turn, ratio the median of the pairs' (at most 1.3). Memory: value is the peak of
-a contribution above the loaded model, reference that of the gradient alone; beside it plain inference of the same rows.
+A Llama of 55 million parameters with random weights, 32 sequences of 64 tokens, 4 096 directions of `rank1`; times and
+memory in a process each. Times: value is a whole contribution, reference its gradient alone, pairs in turn, ratio the
+median of the pairs' (at most 1.3). Memory: value is the peak of a contribution above the loaded model, reference that
+of the gradient alone; beside it plain inference of the same rows.
 """
 
 import json
@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from peerturb.manifest import DType
 from peerturb.spec import RunSpec
 from peerturb.zo.batch import Runner
 from peerturb.zo.exact import ExactEngine
+from peerturb.zo.heap import keep_large_blocks
 from peerturb.zo.objective import TokenSequence
 from peerturb_bench.memory import NoMarkError, peak
 from peerturb_bench.rows import Row
@@ -44,30 +46,30 @@ def run(quick: bool = False) -> list[Row]:
 
 
 def _rows(device: str, dtype: str, pairs: int) -> list[Row]:
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    ended = subprocess.run(
-        [sys.executable, "-m", "peerturb_bench.exact", device, dtype, str(pairs)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    times = _asked(device, dtype, pairs, os.environ)
+    # Every large block given back at once, so that the high-water mark tells what was in use.
+    mapped = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    peaks = _asked(device, dtype, 0, mapped)
+    name = f"{device} {dtype}, {EXAMPLES} sequences x {TOKENS} tokens, {CODES:,} directions"
+    whole, alone = times["whole_s"], times["alone_s"]
+    ratio = statistics.median(one / other for one, other in zip(whole, alone, strict=True))
+    value, reference = statistics.median(whole), statistics.median(alone)
+    rows = [Row(name=f"{name}: time", value=value, unit="s", reference=reference, ratio=ratio)]
+    for what in ("gradient", "inference"):
+        value, reference = peaks["contribution"] / _MIB, peaks[what] / _MIB
+        row = f"{name}: memory, beside the {what}"
+        rows.append(Row(name=row, value=value, unit="MiB", reference=reference, ratio=value / reference))
+    return rows
+
+
+def _asked(device: str, dtype: str, pairs: int, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a process of its own measures: seconds of pairs, or peaks where there are none."""
+    command = [sys.executable, "-m", "peerturb_bench.exact", device, dtype, str(pairs)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise NoMarkError(f"the measuring process ended with code {ended.returncode}: {ended.stderr.strip()[-500:]}")
-    found = json.loads(ended.stdout)
-    name = f"{device} {dtype}, {EXAMPLES} sequences x {TOKENS} tokens, {CODES:,} directions"
-    whole, alone = found["whole_s"], found["alone_s"]
-    ratio = statistics.median(one / other for one, other in zip(whole, alone, strict=True))
-    rows = [
-        Row(
-            name=f"{name}: time", value=statistics.median(whole), unit="s", reference=statistics.median(alone),
-            ratio=ratio,
-        )
-    ]  # fmt: skip
-    for what, reference in (
-        ("memory, beside the gradient alone", "gradient"),
-        ("memory, beside inference", "inference"),
-    ):
-        value, other = found["contribution"] / _MIB, found[reference] / _MIB
-        rows.append(Row(name=f"{name}: {what}", value=value, unit="MiB", reference=other, ratio=value / other))
-    return rows
+    found: dict[str, Any] = json.loads(ended.stdout)
+    return found
 
 
 def engine_of(device: str, dtype: DType) -> ExactEngine[TokenSequence]:
@@ -80,7 +82,7 @@ def engine_of(device: str, dtype: DType) -> ExactEngine[TokenSequence]:
 
 
 def _measure(device: str, dtype: DType, pairs: int) -> dict[str, object]:
-    """Return seconds of pairs, and peaks above the loaded model in bytes."""
+    """Return seconds of pairs, or with none the peaks above the loaded model in bytes."""
     engine = engine_of(device, dtype)
     items = [engine.items[number] for number in engine.drawn(RoundNumber(0), Slot(0)).tolist()]
     runner = engine.evaluator
@@ -96,13 +98,16 @@ def _measure(device: str, dtype: DType, pairs: int) -> dict[str, object]:
         for part in engine.backward.micro_batches(items):
             runner.losses(part)
 
-    peaks = {name: peak(work, device) for name, work in (("inference", infer), ("gradient", gradient))}
-    peaks["contribution"] = peak(contribution, device)
+    if not pairs:
+        named = (("inference", infer), ("gradient", gradient), ("contribution", contribution))
+        return {name: peak(work, device) for name, work in named}
+    keep_large_blocks()  # as nodes do
+    contribution()
     whole, alone = [], []
     for _ in range(pairs):
         alone.append(_seconds(gradient, device))
         whole.append(_seconds(contribution, device))
-    return {**peaks, "whole_s": whole, "alone_s": alone}
+    return {"whole_s": whole, "alone_s": alone}
 
 
 def _seconds(work: Callable[[], None], device: str) -> float:

@@ -59,8 +59,8 @@ class Run:
     stands: list[Stand] = field(default_factory=list)
 
     def at_seconds(self, seconds: float) -> Stand:
-        """Return the last stand of that time."""
-        return [stand for stand in self.stands if stand.seconds <= seconds + 1e-9][-1]
+        """Return the first stand at that time or later."""
+        return next((stand for stand in self.stands if stand.seconds >= seconds), self.stands[-1])
 
     def at_rounds(self, rounds: int) -> Stand:
         """Return the last stand of that many rounds."""
@@ -195,14 +195,15 @@ def _train(case: Case, arm: Run, make: Make, budget_s: float, points: int) -> No
     """Train for `budget_s` seconds of steps, evaluating before, on the way, and at the end."""
     with make() as learner:
         learner.step()  # not timed: the first one loads compiled loops, and compiles them in a new checkout
-    spent_s, next_s, rounds = 0.0, 0.0, 0
+    marks = sorted({budget_s / TENTH, *(budget_s * number / points for number in range(points + 1))})
+    spent_s, rounds = 0.0, 0
     with make() as learner:
         while True:
-            if spent_s >= next_s:
+            if spent_s >= marks[0]:
                 arm.stands.append(_stand(case, spent_s, rounds))
-                if spent_s >= budget_s:
+                marks = [mark for mark in marks if mark > spent_s]
+                if not marks:
                     return
-                next_s = min(budget_s, spent_s + budget_s / points)
             started_s = time.perf_counter()
             learner.step()
             spent_s += time.perf_counter() - started_s
