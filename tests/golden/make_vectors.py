@@ -1,4 +1,4 @@
-"""Write numerics.json: known answers for sections 1 to 8 of the numerics (docs/numerics.md).
+"""Write numerics.json: known answers for sections 1 to 8 and 11 of the numerics (docs/numerics.md).
 
 It shares no code with the package: plain numpy, one element at a time wherever that is fast enough. Run it after a
 deliberate change of the protocol:  python tests/golden/make_vectors.py
@@ -8,10 +8,15 @@ import hashlib
 import json
 import math
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.golden.mixed_vectors import half_vectors, mixed_vectors
 
 OUTPUT = Path(__file__).with_name("numerics.json")
 U32, U64 = 2**32 - 1, 2**64 - 1
@@ -94,34 +99,6 @@ def next_scale(s: Any, codes: Any) -> Any:
         return s
     rms = math.sqrt(sum(c * c for c in valid) / len(valid))
     return float(np.float32(min(max(s * min(max(math.sqrt(rms / 32), 0.25), 2.0), 2.0**-100), 2.0**100)))
-
-
-def mixed_scales(scales: Any, parts: Any) -> Any:
-    """Next scales where both estimators are allowed: `parts` are the codes of each."""
-    low = min(scales)
-    factors: list[Any] = []
-    for s, codes in zip(scales, parts, strict=True):
-        valid = [c for c in codes if c != -128]
-        if valid:
-            target = max(32 * math.sqrt(low / s), 4.0)
-            rms = math.sqrt(sum(c * c for c in valid) / len(valid))
-            factors.append(min(max(math.sqrt(rms / target), 0.25), 2.0))
-        else:
-            factors.append(None)
-    other = next((f for f in factors if f is not None), 1.0)
-    moved = [s * (other if f is None else f) for s, f in zip(scales, factors, strict=True)]
-    return [float(np.float32(min(max(s, 2.0**-100), 2.0**100))) for s in moved]
-
-
-def mixed_step(case: Any) -> Any:
-    valid = [[c for c in codes if c != -128] for codes in case["codes"]]
-    squares, low = sum(c * c for part in valid for c in part), min(case["scales"])
-    if squares == 0:
-        return 0.0
-    worth = len(valid[0]) * (low / case["scales"][0]) + len(valid[1]) * (low / case["scales"][1])
-    whole = worth + case["half_codes"]
-    sgd, normalized = case["learning_rate"] * low / whole, case["learning_rate"] / (whole * math.sqrt(squares / worth))
-    return float(np.float32(min(sgd if case["rule"] == "sgd" else normalized, 2.0**64)))
 
 
 def plateau_fraction(rule: Any, warmup: Any, floor: Any, losses: Any) -> Any:
@@ -284,34 +261,6 @@ def step_vectors() -> Any:
                     "final_fraction": 0.125, "learning_rate": 0.015, "scale": 0.05000000074505806, "codes": codes,
                 }  # fmt: skip
                 cases.append({**case, "alpha": step_size(case)})
-    return cases
-
-
-def mixed_vectors() -> Any:
-    """Scales and step sizes of rounds with codes of both estimators, `spsa` first."""
-    small, large = 0.05000000074505806, 1.2000000476837158
-    lists = [([40, -31, -128, 5, -88], [17, -3, 44, 29, -60, 8, 31]), ([], [32, -32, 31]), ([-128], [0, 0]), ([9], [])]
-    lists += [([127] * 3, [1, -2, 3, 4, -128]), ([-128], [])]
-    cases = []
-    for scales in ([small, small], [large, small], [small, large], [2.0**100, 2.0**-100]):
-        for codes in lists:
-            base = {"scales": scales, "codes": codes, "next": mixed_scales(scales, codes)}
-            for rule, half in (("normalized", 8192), ("sgd", 3)):
-                case = {**base, "rule": rule, "half_codes": half, "learning_rate": 0.015}
-                cases.append({**case, "alpha": mixed_step(case)})
-    return cases
-
-
-def half_vectors() -> Any:
-    """Step sizes of rounds of one estimator that make a part of their step."""
-    cases = []
-    for rule in ("normalized", "sgd"):
-        for half in (1, 8192):
-            codes = [40, -31, -128, 5, -88]
-            squares, n, scale, lr = 40**2 + 31**2 + 5**2 + 88**2, 4, 0.05000000074505806, 0.015
-            alpha = lr * scale / (n + half) if rule == "sgd" else lr / ((n + half) * math.sqrt(squares / n))
-            case = {"rule": rule, "half_codes": half, "learning_rate": lr, "scale": scale, "codes": codes}
-            cases.append({**case, "alpha": float(np.float32(alpha))})
     return cases
 
 
