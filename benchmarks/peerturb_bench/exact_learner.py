@@ -20,6 +20,7 @@ class Exact:
     Args:
         codes: of a round.
         examples: behind the gradient of a round.
+        carry: what is left of a gradient in the next round's.
         compute: type in which the gradient is computed, as a node's `--compute-dtype`.
     """
 
@@ -34,6 +35,7 @@ class Exact:
         examples: int,
         learning_rate: float,
         compute: DType = "float32",
+        carry: float = 0.0,
     ) -> None:
         self.spec = exact_spec(case, seed=seed, codes=codes, examples=examples, learning_rate=learning_rate)
         self.forwards, self.bytes, self._round = 0, 0, 0
@@ -45,7 +47,7 @@ class Exact:
         self._shadow = None if runner.dtype == wanted else Shadow(case.model, wanted)
         if self._shadow is not None:
             runner = Runner(self._shadow.model, self._manifest, case.objective)
-        self._engine = ExactEngine(runner, self.spec, [item for part in case.parts for item in part])
+        self._engine = ExactEngine(runner, self.spec, [item for part in case.parts for item in part], carry=carry)
         self._per_step = 3 * self._engine.examples * case.objective.per_example
         self._scale = float(np.float32(self.spec.perturbation.initial_scale))
 

@@ -33,7 +33,7 @@ POINTS, QUICK_POINTS = 20, 4
 """Evaluations in a run, besides the one before it."""
 TENTH = 10
 """AdamW's gain counts after this part of the time."""
-PALETTE = (plots.BLUE, "#f2b134", "#d98e04", "#7a5195", plots.RED, plots.GREEN)
+PALETTE = (plots.BLUE, "#f2b134", "#d98e04", "#7a5195", "#2a9d8f", plots.RED, plots.GREEN)
 
 Make = Callable[[], Learner]
 
@@ -100,6 +100,12 @@ def measure(task: LearningTask, case: Case, *, budget_s: float, points: int, see
             Exact, case, seed=seed, codes=codes, examples=task.examples, learning_rate=rate, compute=task.compute
         )
         arms.append((Run(learner=f"exact, {codes:,} codes", learning_rate=rate, bytes_each=codes), make))
+    codes, rate, carry = task.carried
+    carrying: Make = partial(
+        Exact, case, seed=seed, codes=codes, examples=task.examples, learning_rate=rate, compute=task.compute,
+        carry=carry,
+    )  # fmt: skip
+    arms.append((Run(learner=f"exact, {codes:,} codes, carried", learning_rate=rate, bytes_each=codes), carrying))
     mezo, adamw = task.mezo_rate, task.adamw_rate
     arms.append(
         (Run(learner="MeZO", learning_rate=mezo, bytes_each=4), partial(Mezo, case, seed=seed, learning_rate=mezo))

@@ -80,6 +80,9 @@ class NodeSettings(BaseSettings):
     activations: Literal["auto", "keep", "recompute"] = "auto"
     """Whether a backward pass keeps the activations inside a model's blocks or computes them again; `auto`: again where
     memory holds no row otherwise."""
+    carry: float = Field(default=0.0, ge=0, lt=1)
+    """What is left of an exact contribution's gradient in the next round's; needs memory for a second set of gradients.
+    0: nothing, so that codes depend on the round alone and can be computed again by whoever has the data."""
     probes: int = Field(default=0, ge=0, le=limits.PROBES_PER_CONTRIBUTION_MAX)
     """Most codes to send in a round; 0: as many as the RunSpec allows."""
     checkpoint_rounds: int = Field(default=200, ge=0, le=limits.ROUNDS_MAX)

@@ -54,13 +54,14 @@ def choose_engine(
     wanted: Wanted = "auto",
     rows_max: int | None = None,
     activations: Activations = "auto",
+    carry: float = 0.0,
 ) -> Chosen[Item]:
     """Make the engine of a machine.
 
     Args:
         wanted: `exact` or `spsa`, or `auto`: exact where the run allows it, the loss can be differentiated and free
             memory holds gradients and activations of one row; probes otherwise.
-        rows_max, activations: see the engines.
+        rows_max, activations, carry: see the engines.
 
     Raises:
         SpecError: the run does not allow what is wanted.
@@ -70,7 +71,7 @@ def choose_engine(
     first, why = candidate(wanted, spec), ""
     if first == "exact":
         try:
-            exact = ExactEngine(evaluator, spec, items, rows_max=rows_max, activations=activations)
+            exact = ExactEngine(evaluator, spec, items, rows_max=rows_max, activations=activations, carry=carry)
         except ModelError as error:
             if wanted == "exact" or not spec.perturbation.allows("spsa"):
                 raise

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from peerturb.codec import encode, rounding_noise
 from peerturb.errors import DataError
@@ -46,6 +47,9 @@ class ExactEngine(Generic[Item]):
         examples: of one contribution; None: the RunSpec's `perturbation.exact.examples`.
         rows_max: most rows in one backward pass; None: chosen from device and free memory.
         activations: see `Backward`.
+        carry: what is left of a contribution's gradient in the next one's, 0 to 1: v = G + carry * (v before). What the
+            codes of a round have expressed of it, n / d, is too little to be subtracted. It needs memory for a second
+            set of gradients, and makes codes depend on rounds before.
 
     Raises:
         ModelError: the losses cannot be differentiated, or memory is too little.
@@ -64,6 +68,7 @@ class ExactEngine(Generic[Item]):
         examples: int | None = None,
         rows_max: int | None = None,
         activations: Activations = "auto",
+        carry: float = 0.0,
     ) -> None:
         if not items:
             raise DataError("the data has no examples; a gradient needs at least one")
@@ -72,7 +77,10 @@ class ExactEngine(Generic[Item]):
         self.items = items
         wanted = spec.perturbation.exact_rules.examples if examples is None else examples
         self.examples = min(wanted, len(items))
-        self.backward = Backward(evaluator, items, rows_max=rows_max, activations=activations)
+        self.backward = Backward(evaluator, items, rows_max=rows_max, activations=activations, has_memory=carry > 0)
+        self._carry = carry
+        self._carried: tuple[RoundNumber, list[Tensor]] | None = None
+        """The round that it was last added to, and the sum."""
         self._manifest = tuple(entry for entry, _ in evaluator.parameters)
         self._draw: tuple[Slot, Draw] | None = None
 
@@ -122,11 +130,27 @@ class ExactEngine(Generic[Item]):
             return Projections(projected=np.zeros(0), loss=float("nan"), tokens=0)
         if not is_finite(found):
             return Projections(projected=np.full(count, np.nan), loss=found.loss, tokens=found.tokens)
-        projector = Projector(self._manifest, found.tensors, self.spec.perturbation.family)
+        tensors = self._with_carried(round_number, found.tensors) if self._carry else found.tensors
+        projector = Projector(self._manifest, tensors, self.spec.perturbation.family)
         projected = projector.project(
             run_key=self.spec.run_key, round=round_number, slot=slot, count=count, should_stop=should_stop
         )
         return Projections(projected=projected, loss=found.loss, tokens=found.tokens)
+
+    def forget(self) -> None:
+        """Forget what is carried over: the weights are others than those it was computed on."""
+        self._carried = None
+
+    def _with_carried(self, round_number: RoundNumber, gradients: list[Tensor]) -> list[Tensor]:
+        """Add gradients to what is carried over, which a round that comes again begins anew."""
+        if self._carried is None or round_number <= self._carried[0]:
+            self._carried = round_number, gradients
+            return gradients
+        _, sums = self._carried
+        for total, gradient in zip(sums, gradients, strict=True):
+            total.mul_(self._carry).add_(gradient)
+        self._carried = round_number, sums
+        return sums
 
     def drawn(self, round_number: RoundNumber, slot: Slot) -> NDArray[np.int64]:
         """Return the examples of a round, by number: [examples]; consecutive rounds go through all of them."""

@@ -76,6 +76,7 @@ class Backward(Generic[Item]):
         rows_max: most rows in one pass; None: as many as memory and device suggest.
         activations: `keep` them for the backward pass, `recompute` those inside the blocks, or `auto`: recompute where
             not even one row fits otherwise.
+        has_memory: whether the caller keeps a second set of gradients.
 
     Raises:
         ModelError: losses that cannot be differentiated, half precision of too small a range, or too little memory for
@@ -89,6 +90,7 @@ class Backward(Generic[Item]):
         *,
         rows_max: int | None = None,
         activations: Activations = "auto",
+        has_memory: bool = False,
     ) -> None:
         self.evaluator = _differentiable(evaluator)
         self._kind = "cuda" if evaluator.device.type == "cuda" else "cpu"
@@ -99,6 +101,7 @@ class Backward(Generic[Item]):
             part for part in _modules(module) if isinstance(part, nn.Embedding) and part.padding_idx is not None
         ]
         self._rows_max = rows_max or 2**31
+        self._sets = 2 if has_memory else 1
         self.is_recomputed = activations == "recompute"
         """Whether blocks are computed twice to spare memory."""
         self._may_recompute = activations != "keep" and bool(self._blocks)
@@ -164,7 +167,7 @@ class Backward(Generic[Item]):
 
     def _room_for_sums(self) -> None:
         """See that gradients fit at all, before the first one is made: on a CPU too much gets a program killed."""
-        need, free = _sums_bytes(self._trained), free_bytes(self.evaluator.device)
+        need, free = self._sets * _sums_bytes(self._trained), free_bytes(self.evaluator.device)
         if free is not None and need > SHARE[self._kind] * free:
             raise self._no_memory(f"they take {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free")
 
@@ -202,7 +205,7 @@ class Backward(Generic[Item]):
             raise
         each = sum(kept.values()) / tokens
         return Need(
-            sums=_sums_bytes(self._trained),
+            sums=self._sets * _sums_bytes(self._trained),
             token=each,
             token_recomputed=each * min(1.0, 2 / max(1, len(self._blocks))),
         )

@@ -25,9 +25,9 @@ FIELDS: dict[type[Record], tuple[str, ...]] = {
     RunStarted: ("spec",),
     PeerJoined: ("slot", "key", "name"),
     PeerLeft: ("slot", "reason"),
-    RoundOpened: ("scale", "deadline_ms"),
+    RoundOpened: ("scale", "exact_scale", "deadline_ms"),
     # Weights decide codes, codes decide the step: the first of these that differs is the cause, the others follow.
-    RoundSealed: ("digest", "slots", "counts", "codes", "alpha", "loss"),
+    RoundSealed: ("digest", "slots", "exact", "counts", "codes", "alpha", "loss"),
     Evaluated: ("round", "slot", "loss", "accuracy", "examples"),
     RunFinished: ("rounds",),
 }

@@ -31,7 +31,7 @@ def case() -> Case:
 
 def task_of(case: Case, rates: Mapping[int, float]) -> LearningTask:
     return LearningTask(
-        name="demo", case=lambda: case, spsa_rate=1e-2, probes=4, exact_rates=rates, examples=4, mezo_rate=1e-6,
+        name="demo", case=lambda: case, spsa_rate=1e-2, probes=4, exact_rates=rates, examples=4, carried=(32, 0.01, 0.5), mezo_rate=1e-6,
         adamw_rate=1e-3,
     )  # fmt: skip
 
@@ -53,8 +53,10 @@ def test_a_step_of_the_exact_learner_is_a_round_of_the_product(case: Case) -> No
 def test_every_learner_runs_and_leaves_the_model_as_it_was(case: Case) -> None:
     base = [value.clone() for value in case.model.parameters()]
     runs = measure(task_of(case, {64: 0.02}), case, budget_s=0.05, points=2)
-    assert [one.learner for one in runs] == ["SPSA, 4 probes", "exact, 64 codes", "MeZO", "AdamW"]
-    assert [one.bytes_each for one in runs] == [4, 64, 4, 4 * sum(value.numel() for value in base)]
+    assert [one.learner for one in runs] == [
+        "SPSA, 4 probes", "exact, 64 codes", "exact, 32 codes, carried", "MeZO", "AdamW",
+    ]  # fmt: skip
+    assert [one.bytes_each for one in runs] == [4, 64, 32, 4, 4 * sum(value.numel() for value in base)]
     assert all(one.stands[0].rounds == 0 and one.stands[-1].rounds >= 1 for one in runs)
     assert len({one.stands[0].loss for one in runs}) == 1
     assert all(torch.equal(a, b) for a, b in zip(base, case.model.parameters(), strict=True))
@@ -97,7 +99,7 @@ def test_curves_are_written_and_drawn(tmp_path: Path, case: Case, monkeypatch: p
     monkeypatch.setattr(learning, "TASKS", [task_of(case, {64: 0.02})])
     monkeypatch.setattr(learning, "QUICK_S", 0.05)
     rows = learning.run(quick=True, out=tmp_path)
-    assert sum("accuracy" not in row.name for row in rows) == 4 * 2 + 3 * 2
+    assert sum("accuracy" not in row.name for row in rows) == 5 * 2 + 4 * 2
     assert (tmp_path / "learning.png").stat().st_size > 1_000
     assert (tmp_path / "learning.json").is_file()
 

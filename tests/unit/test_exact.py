@@ -148,6 +148,33 @@ def test_stopped_before_the_gradient_is_whole_there_are_no_codes() -> None:
     assert 0 < len(result.codes) < 2_000
 
 
+def test_what_is_carried_over_is_a_decaying_sum_of_gradients() -> None:
+    plain, carrying = engine_of(dtype=torch.float64), engine_of(dtype=torch.float64, carry=0.5)
+    assert carrying.backward.need.sums == 2 * plain.backward.need.sums
+    manifest = tuple(entry for entry, _ in plain.evaluator.parameters)
+
+    def gradient(round_: int) -> list[Tensor]:
+        drawn = plain.drawn(RoundNumber(round_), SLOT).tolist()
+        found = plain.backward.gradient([plain.items[number] for number in drawn])
+        assert found is not None
+        return found.tensors
+
+    parts = [gradient(round_) for round_ in (1, 2, 4)]
+    total = [0.5 * (0.5 * a + b) + c for a, b, c in zip(*parts, strict=True)]
+    for round_ in (1, 2, 4):
+        found = carrying.measure(RoundNumber(round_), slot=SLOT, count=20)
+    expected = Projector(manifest, total, "rank1").project(
+        run_key=plain.spec.run_key, round=4, slot=int(SLOT), count=20
+    )
+    np.testing.assert_allclose(found.projected, expected, rtol=1e-9, atol=1e-9)
+    # Measured again, after a rebuild for instance, or forgotten: the round's own gradient.
+    again = carrying.measure(RoundNumber(4), slot=SLOT, count=20)
+    np.testing.assert_allclose(again.projected, plain.measure(RoundNumber(4), slot=SLOT, count=20).projected, rtol=1e-9)
+    carrying.forget()
+    later = carrying.measure(RoundNumber(5), slot=SLOT, count=20)
+    np.testing.assert_allclose(later.projected, plain.measure(RoundNumber(5), slot=SLOT, count=20).projected, rtol=1e-9)
+
+
 def test_a_broken_model_gives_void_codes() -> None:
     engine = engine_of()
     engine.evaluator.parameters[0][1].data.fill_(float("nan"))

@@ -76,6 +76,14 @@ def run(
             show_default="auto",
         ),
     ] = None,
+    carry: Annotated[
+        float | None,
+        typer.Option(
+            help="What is left of an exact contribution's gradient in the next round's, 0 to below 1; needs memory for "
+            "a second set of gradients.",
+            show_default="0",
+        ),
+    ] = None,
     probes: Annotated[
         int | None, typer.Option(help="Most codes a round; 0: the RunSpec's maximum.", show_default="0")
     ] = None,

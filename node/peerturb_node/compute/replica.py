@@ -111,6 +111,11 @@ class Replica:
     def close(self) -> None:
         """Nothing is held beyond memory."""
 
+    def _forget(self) -> None:
+        """Forget what measurements have carried over."""
+        if isinstance(self._engine, ExactEngine):
+            self._engine.forget()
+
     def _changed(self) -> None:
         """Note that the weights are others than those losses were last computed from."""
 

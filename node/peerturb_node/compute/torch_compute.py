@@ -47,7 +47,8 @@ class TorchCompute(Replica):
         self.warning = self._prepared.warning(spec.perturbation.epsilon)
         chosen = choose_engine(
             self._prepared.runner, spec, self._prepared.items,
-            wanted=settings.estimator, rows_max=settings.rows or None, activations=settings.activations,
+            wanted=settings.estimator, rows_max=settings.rows or None,
+            activations=settings.activations, carry=settings.carry,
         )  # fmt: skip
         self._engine, self.estimator, self.choice = chosen.engine, chosen.estimator, chosen.why
         self.slowness = self._engine.slowness
@@ -73,6 +74,7 @@ class TorchCompute(Replica):
         for weight, base in zip(self._weights, trainable_weights(fresh, self.manifest).values(), strict=True):
             weight.copy_(base)
         self._changed()
+        self._forget()
         self.rounds = 0
 
     def export(self, folder: Path) -> None:
