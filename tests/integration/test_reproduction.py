@@ -1,6 +1,6 @@
 """A run of real processes, made again in one process: the same log bytes; with other data the first other record.
 
-In mid-run one node leaves, another joins late, one is killed and comes back, the coordinator is killed and restarted.
+Two nodes send exact projections, two estimates by probes. In mid-run one node leaves, another joins late, one is killed and comes back, the coordinator is killed and restarted.
 """
 
 import json
@@ -23,6 +23,7 @@ from tests.zo_models import byte_tokenizer, small_model
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NODES = ("ann", "bob", "cid", "dora")
+EXACT = ("bob", "dora")
 HARDWARE = ("--threads", "1", "--rows", "8")
 """What decides the last bits of losses, for nodes and reproduction alike."""
 
@@ -77,6 +78,7 @@ def start(net: Network, name: str) -> Any:
     flags = ["--model", str(net.folder / "model"), "--data", str(net.folder / f"{name}.jsonl"), "--device", "cpu"]
     if name in ("ann", "dora"):
         flags += ["--eval", str(net.folder / "held-out.jsonl")]
+    flags += ["--estimator", "exact" if name in EXACT else "spsa"]
     return net.start_node(name, *flags, *HARDWARE, compute="torch")
 
 
@@ -110,7 +112,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         shown = net.run("model", str(folder / "model"), "--json")
         assert shown.returncode == 0, shown.stderr
         net.run_file.write_text(
-            f'name = "reality"\n{json.loads(shown.stdout)["toml"]}\n[step]\nlearning_rate = 1e-2\n'
+            f'name = "reality"\n{json.loads(shown.stdout)["toml"]}\n[step]\nlearning_rate = 1e-2\nhalf_codes = 32\n'
+            '[perturbation]\nestimators = ["spsa", "exact"]\nexact = { examples = 6, codes = 80 }\n'
             "[round]\nprobes_max = 48\nmin_peers = 3\ndeadline_ms_min = 60000\ndeadline_ms_max = 300000\n"
             '[objective]\nkind = "text"\ntemplate = "{text}"\ntokens_max = 24\neval_every = 3\n'
         )

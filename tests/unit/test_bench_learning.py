@@ -31,7 +31,8 @@ def case() -> Case:
 
 def task_of(case: Case, rates: Mapping[int, float]) -> LearningTask:
     return LearningTask(
-        name="demo", case=lambda: case, spsa_rate=1e-2, probes=4, exact_rates=rates, examples=4, carried=(32, 0.01, 0.5), mezo_rate=1e-6,
+        name="demo", case=lambda: case, spsa_rate=1e-2, probes=4, exact_rates=rates, examples=4,
+        carried=(32, 0.01, 0.5), mezo_rate=1e-6,
         adamw_rate=1e-3,
     )  # fmt: skip
 
