@@ -1,6 +1,7 @@
 """A run of real processes, made again in one process: the same log bytes; with other data the first other record.
 
-Two nodes send exact projections, two estimates by probes. In mid-run one node leaves, another joins late, one is killed and comes back, the coordinator is killed and restarted.
+Two nodes send exact projections, two estimates by probes. In mid-run one node leaves, another joins late, one is killed
+and comes back, the coordinator is killed and restarted.
 """
 
 import json
