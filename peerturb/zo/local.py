@@ -4,6 +4,7 @@ For experiments and for modules and objectives of one's own (docs/custom.md). Kn
 """
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -20,6 +21,7 @@ from peerturb.trend import Trend
 from peerturb.zo.base import check_base
 from peerturb.zo.batch import Evaluator
 from peerturb.zo.choosing import Wanted, choose_engine
+from peerturb.zo.coverage import SlowWarning
 from peerturb.zo.digest import run_digest, short_digest
 from peerturb.zo.room import in_parts
 from peerturb.zo.update import apply_update
@@ -112,6 +114,8 @@ class LocalRun(Generic[Item]):
             choose_engine(evaluator, spec, part, wanted=wanted, rows_max=rows_max)
             for part, wanted in zip(parts, wishes, strict=True)
         ]
+        for slowness in {peer.engine.slowness for peer in self._peers} - {None}:
+            warnings.warn(str(slowness), SlowWarning, stacklevel=2)
 
     def step(self) -> LocalRound:
         """Do one round; return what was sealed."""
