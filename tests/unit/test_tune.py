@@ -297,6 +297,17 @@ def test_model_refuses_to_write_over_a_file_and_names_the_objectives(tmp_path: P
     assert (code, "text, completion, labels" in err) == (2, True)
 
 
+@pytest.mark.parametrize(("word", "allowed"), [("exact", ("exact",)), ("both", ("spsa", "exact"))])
+def test_a_run_file_can_allow_exact_contributions(run: Run, word: str, allowed: tuple[str, ...]) -> None:
+    code, out, _ = run("model", BASE_MODEL_FOLDER, "--estimators", word, "--json")
+    spec = RunSpec.from_document(tomllib.loads(json.loads(out)["run_toml"]), source="x")
+    assert (code, spec.perturbation.estimators) == (0, allowed)
+    assert spec.step.half_codes > 0
+    code, _, err = run("model", BASE_MODEL_FOLDER, "--estimators", "none")
+    assert code == 2
+    assert "--estimators" in err
+
+
 def test_model_prints_json_with_section_and_whole(run: Run) -> None:
     code, out, _ = run("model", BASE_MODEL_FOLDER, "--json")
     assert code == 0

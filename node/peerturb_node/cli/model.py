@@ -159,7 +159,7 @@ def _examine(
     manifest = build_manifest(loaded, spec)
     whole = run_toml(
         spec, name=title, parameters=sum(entry.elements for entry in manifest), kind=kind, seed=seed, classes=classes,
-        positions_max=positions_max(loaded),
+        estimators=estimators, positions_max=positions_max(loaded),
     )  # fmt: skip
     packing = Packing.of(loaded, {entry.name for entry in manifest})
     return _Found(spec=spec, manifest=manifest, packing=packing, kind=type(loaded).__name__, run_toml=whole)
