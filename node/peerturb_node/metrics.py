@@ -38,7 +38,7 @@ class Metrics:
         self._connected = gauge("peerturb_connected", "1 while the coordinator has this node in a session.")
         self._training = gauge("peerturb_training", "1 while this node is in a session and up to date.")
         self._paused = gauge("peerturb_paused", "1 while this node gives way to other work (`--idle`).")
-        self._behind = gauge("peerturb_rounds_behind", "Rounds to apply when the session began.")
+        self._behind = gauge("peerturb_rounds_behind", "Rounds to apply when the session began, about.")
         self._tokens_per_s = gauge("peerturb_tokens_per_second", "Tokens through the model while probes are measured.")
         self._eval = Gauge("peerturb_eval", "Newest held-out evaluation of this node.", ["metric"], registry=registry)
         self._probes = counter("peerturb_probes_total", "Probes measured.")

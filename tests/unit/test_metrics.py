@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from peerturb_node.events import KINDS
 from peerturb_node.metrics import Metrics
+from peerturb_node.progress import coming
 from tests.conftest import REPOSITORY
 
 SCRIPT = runpy.run_path(str(REPOSITORY / "scripts" / "metrics_page.py"))
@@ -59,6 +60,10 @@ async def test_the_names_of_the_design_are_there() -> None:
         "peerturb_apply_seconds", "peerturb_probe_seconds", "peerturb_digest_mismatch_total", "peerturb_rejects_total",
         "peerturb_tokens_total",
     }  # fmt: skip
+
+
+def test_rounds_to_come_are_estimated_from_the_records() -> None:
+    assert [coming(records) for records in (0, 3, 8, 134)] == [0, 0, 0, 67]
 
 
 class Node:
