@@ -245,7 +245,7 @@ class Runner:
                 self._events.debug(type(record).__name__.lower(), position=self._store.head)
 
     def _met(self, session: SessionId, slot: Slot) -> None:
-        """Tell that a member stands again. A new one's record has told of it; a session that replaces another is no news."""
+        """Tell that a member stands again. Of a new one its record tells; a session in place of another is no news."""
         is_new = slot in self._new
         self._new.discard(slot)
         if not is_new and slot not in self._standing:

@@ -20,7 +20,7 @@ class Traffic:
     def __init__(self) -> None:
         nothing = {(way, kind): 0 for way, kinds in KINDS.items() for kind in kinds}
         self.bytes: Counter[tuple[str, str]] = Counter(nothing)
-        """By direction (`up` from peers, `down` to them) and kind. All begin at 0: else a first one would have no rate."""
+        """By direction (`up` from peers, `down` to them) and kind. All begin at 0: a first one would have no rate."""
         self.messages: Counter[tuple[str, str]] = Counter(nothing)
         """Likewise."""
 
