@@ -81,7 +81,14 @@ class Metrics:
         self._is_connected = False
 
     def emit(self, event: Event) -> None:
-        """Take in an event."""
+        """Take in an event. If that fails this sink is dropped: readiness says so, for the figures stand still then."""
+        try:
+            self._take(event)
+        except Exception as error:
+            self.why_not = f"the metrics failed and stand still, training goes on: {error!r}"
+            raise
+
+    def _take(self, event: Event) -> None:
         match event["event"]:
             case "joined":
                 self._connect(True)
