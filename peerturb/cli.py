@@ -113,6 +113,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line, without the program's name, and return the exit code. Raises nothing."""
     rest = list(arguments)
+    # gRPC writes lines of its own to standard error, several for every stranger whose handshake fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     is_debug = os.environ.get("PEERTURB_DEBUG", "") not in ("", "0")
     while rest and rest[0] == "--debug":
         is_debug = True

@@ -80,19 +80,17 @@ def _line(metric: Metric) -> str:
 
 def _some(values: Iterable[str]) -> str:
     found = sorted(values)
-    return ", ".join(found) if len(found) <= 6 else f"{', '.join(found[:4])} and {len(found) - 4} others"
+    return ", ".join(found) if len(found) <= 7 else f"{', '.join(found[:4])} and {len(found) - 4} others"
 
 
 def _coordinator() -> CollectorRegistry:
-    """Return the registry of a coordinator that has met every kind of message."""
+    """Return the registry of a coordinator that has met nobody yet."""
     spec = RunSpec.from_document({"name": "page", "model": {"name": "m", "digest": "0" * 64}}, source="the page")
     events, store, registry = Events(io.StringIO(), as_json=True), MemoryLogStore(), new_registry()
     trace = Trace(None, spec, events, records=0)
     runner = Runner(
         recover(spec, store), store, events, trace=trace, watchers=Watchers(events), retry_s=1.0, now_s=lambda: 0.0
     )
-    for direction, kind in (("up", "contribution"), ("up", "hello"), ("down", "records"), ("down", "answer")):
-        runner.traffic.count(direction, kind, 1)
     CoordinatorMetrics(registry, runner, History(), Path())
     return registry
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Histogram, Metric
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
+from peerturb.ids import Slot
 from peerturb.protocol.records import Record, RoundOpened, RoundSealed
 from peerturb.protocol.sealing import SealReason
 from peerturb.protocol.status import CoordinatorStatus
@@ -55,6 +56,9 @@ class Metrics:
             if self._is_timed and now_ms is not None and self._opened_ms is not None:
                 self._durations.observe((now_ms - self._opened_ms) / 1000)
             self._opened_ms = None
+
+    def stand(self, slot: Slot, *, is_there: bool, at_s: float) -> None:
+        """Nothing: who is there is read when it is scraped."""
 
     def describe(self) -> Iterator[Metric]:
         """Say nothing in advance: names are checked by tests, and a scrape must not be taken for registering."""

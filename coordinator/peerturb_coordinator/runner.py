@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import assert_never
 
 from peerturb.errors import RejectCode
+from peerturb.ids import Slot
 from peerturb.protocol.coordinator import CoordinatorMachine
 from peerturb.protocol.driver import Persist, drive
-from peerturb.protocol.messages import Disconnected, FromPeer
+from peerturb.protocol.messages import Disconnected, FromPeer, Welcome
 from peerturb.protocol.outputs import Append, CoordinatorOutput, Notice, Reject, Send, SessionId
 from peerturb.protocol.records import PeerJoined, PeerLeft, Record, RoundOpened, RoundSealed, RunFinished
 from peerturb.protocol.status import CoordinatorStatus
@@ -72,6 +73,10 @@ class Runner:
         self._now_s = now_s
         self._sessions: dict[SessionId, Session] = {}
         self._sessions_begun = 0
+        self._standing: dict[Slot, SessionId] = {}
+        """Members with a session, as the operator was told."""
+        self._new: set[Slot] = set()
+        """Members whose record has been told and who are not welcomed yet."""
         self._timer: asyncio.TimerHandle | None = None
         self._retry_at_s = 0.0
         self._is_stopped = False
@@ -123,6 +128,7 @@ class Runner:
         """A stream has ended, for whatever reason."""
         self._sessions.pop(session.id, None)
         self.receive(session, Disconnected())
+        self._parted(session)
 
     def receive(self, session: Session, message: FromPeer | Disconnected) -> None:
         """Take in a message that passed the service's checks."""
@@ -158,6 +164,8 @@ class Runner:
                     case Send(session=number, message=message):
                         if (session := self._sessions.get(number)) is not None:
                             session.send(message)
+                            if isinstance(message, Welcome):
+                                self._met(session.id, message.slot)
                     case Reject():
                         self._reject(effect, self._sessions.get(effect.session))
                     case Notice(code=code, text=text):
@@ -225,6 +233,7 @@ class Runner:
                 self._events.bind(round=record.round + 1)
                 self._events.debug("round_sealed", round=record.round, loss=record.loss, codes=len(record.codes))
             case PeerJoined():
+                self._new.add(record.slot)
                 self._events.info("peer_joined", slot=record.slot, name=record.name, key=record.key.hex()[:16])
             case PeerLeft():
                 self._events.info("peer_left", slot=record.slot, reason=record.reason.name.lower())
@@ -234,6 +243,28 @@ class Runner:
                 pass
             case _:
                 self._events.debug(type(record).__name__.lower(), position=self._store.head)
+
+    def _met(self, session: SessionId, slot: Slot) -> None:
+        """Tell that a member stands again. Of a new one its record tells; a session in place of another is no news."""
+        is_new = slot in self._new
+        self._new.discard(slot)
+        if not is_new and slot not in self._standing:
+            member = self.machine.ledger.members[slot]
+            self._events.info("peer_back", slot=slot, name=member.name)
+            self._watchers.stand(slot, is_there=True, at_s=time.time())
+        self._standing[slot] = session
+
+    def _parted(self, session: Session) -> None:
+        """Tell that a member's stream is gone, unless it has said goodbye or come again meanwhile."""
+        slot = session.slot
+        if slot is None or self._standing.get(slot) != session.id:
+            return
+        del self._standing[slot]
+        member = self.machine.ledger.members[slot]
+        if member.is_joined and not self._is_stopped:
+            lease_s = self.machine.spec.round.lease_ms / 1000
+            self._events.info("peer_away", slot=slot, name=member.name, lease_s=lease_s)
+            self._watchers.stand(slot, is_there=False, at_s=time.time())
 
     def _arm(self) -> None:
         """Set the one timer to when the machine, or the store's next attempt, is due."""

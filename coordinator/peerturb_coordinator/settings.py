@@ -73,8 +73,9 @@ class CoordinatorSettings(BaseSettings):
             raise ValueError("tls_dir and insecure exclude each other; drop one of them")
         if not self.insecure and self.tls_dir is None and not is_loopback(self.listen):
             raise ValueError(
-                f"{self.listen} can be reached from other computers, so it needs TLS: run `peerturb coordinator keys` "
-                "and pass its folder as --tls-dir, or pass --insecure if the network between the peers is trusted"
+                f"{self.listen} can be reached from other computers, so it needs TLS: pass --keys FOLDER, "
+                "which makes a certificate and a join token there (or --tls-dir, a folder that `peerturb coordinator "
+                "keys` filled), or pass --insecure if the network between the peers is trusted"
             )
         return self
 

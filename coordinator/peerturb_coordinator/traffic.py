@@ -7,15 +7,21 @@ updates, headers of streams, what compression saves on the way down, TLS, TCP/IP
 from collections import Counter
 
 FRAMING_BYTES = 14
+KINDS = {
+    "up": ("hello", "proof", "contribution", "evaluation", "leave"),
+    "down": ("answer", "records"),
+}
+"""Of messages, by direction: `answer` is a challenge, a welcome or a refusal."""
 
 
 class Traffic:
     """Counters of one process."""
 
     def __init__(self) -> None:
-        self.bytes: Counter[tuple[str, str]] = Counter()
-        """By direction (`up` from peers, `down` to them) and kind."""
-        self.messages: Counter[tuple[str, str]] = Counter()
+        nothing = {(way, kind): 0 for way, kinds in KINDS.items() for kind in kinds}
+        self.bytes: Counter[tuple[str, str]] = Counter(nothing)
+        """By direction (`up` from peers, `down` to them) and kind. All begin at 0: a first one would have no rate."""
+        self.messages: Counter[tuple[str, str]] = Counter(nothing)
         """Likewise."""
 
     def count(self, direction: str, kind: str, size: int) -> None:

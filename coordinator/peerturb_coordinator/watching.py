@@ -3,8 +3,10 @@
 Watchers change nothing. They are called on the event loop, after a record is durable and before the machine folds it.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
+from peerturb.ids import Slot
 from peerturb.protocol.records import Record
 from peerturb_coordinator.events import Events
 
@@ -22,6 +24,15 @@ class Watcher(Protocol):
             reason: why a round is sealed, the seal rule's label; empty for other records.
         """
 
+    def stand(self, slot: Slot, *, is_there: bool, at_s: float) -> None:
+        """Hear that a member's session is lost, or stands again: of both the log has nothing.
+
+        Args:
+            slot: the member's.
+            is_there: whether a session stands.
+            at_s: seconds since 1970.
+        """
+
 
 class Watchers:
     """All watchers of one coordinator."""
@@ -37,9 +48,16 @@ class Watchers:
 
     def hear(self, record: Record, *, now_ms: int | None, at_s: float | None, reason: str) -> None:
         """Tell all of them; see `Watcher`."""
+        self._tell(lambda watcher: watcher.hear(record, now_ms=now_ms, at_s=at_s, reason=reason))
+
+    def stand(self, slot: Slot, *, is_there: bool, at_s: float) -> None:
+        """Tell all of them; see `Watcher`."""
+        self._tell(lambda watcher: watcher.stand(slot, is_there=is_there, at_s=at_s))
+
+    def _tell(self, say: Callable[[Watcher], None]) -> None:
         for watcher in tuple(self._watchers):
             try:
-                watcher.hear(record, now_ms=now_ms, at_s=at_s, reason=reason)
+                say(watcher)
             except Exception as error:
                 self._watchers.remove(watcher)
                 self._events.error(

@@ -159,6 +159,8 @@ def explain(error: grpc.aio.AioRpcError, address: Address) -> PeerturbError:
                 "the TLS handshake failed: is it a peerturb coordinator with TLS? Its join command carries the "
                 "fingerprint; a coordinator without TLS needs --insecure"
             )
+        if address.security.insecure and "Socket closed" in details:
+            hint = "if it serves with TLS, give the --fingerprint of its join command"
         return UnreachableError(f"cannot reach {address.target}: {details or code.name}; {hint}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return UnreachableError(f"{address.target} answers, but it is no peerturb coordinator ({details})")

@@ -191,7 +191,7 @@ def sentence(event: Event) -> str:
         case "joined":
             return f"joined as slot {event['slot']}; log {event['position']} of {event['head']} records"
         case "behind":
-            return f"catching up: {event['rounds']} rounds to apply"
+            return f"catching up: about {event['rounds']} rounds to apply"
         case "training":
             return f"training from round {event['round']}, {event['seconds']:.1f} s after joining"
         case "round":

@@ -38,7 +38,7 @@ class Metrics:
         self._connected = gauge("peerturb_connected", "1 while the coordinator has this node in a session.")
         self._training = gauge("peerturb_training", "1 while this node is in a session and up to date.")
         self._paused = gauge("peerturb_paused", "1 while this node gives way to other work (`--idle`).")
-        self._behind = gauge("peerturb_rounds_behind", "Rounds to apply when the session began.")
+        self._behind = gauge("peerturb_rounds_behind", "Rounds to apply when the session began, about.")
         self._tokens_per_s = gauge("peerturb_tokens_per_second", "Tokens through the model while probes are measured.")
         self._eval = Gauge("peerturb_eval", "Newest held-out evaluation of this node.", ["metric"], registry=registry)
         self._probes = counter("peerturb_probes_total", "Probes measured.")
@@ -81,7 +81,14 @@ class Metrics:
         self._is_connected = False
 
     def emit(self, event: Event) -> None:
-        """Take in an event."""
+        """Take in an event. If that fails this sink is dropped: readiness says so, for the figures stand still then."""
+        try:
+            self._take(event)
+        except Exception as error:
+            self.why_not = f"the metrics failed and stand still, training goes on: {error!r}"
+            raise
+
+    def _take(self, event: Event) -> None:
         match event["event"]:
             case "joined":
                 self._connect(True)

@@ -11,6 +11,8 @@ from peerturb_node.events import Events
 from peerturb_node.link import Traffic
 
 _VOID_BYTE = 0x80
+_FEW_RECORDS = 8
+"""So many are a young run's joins, or what a short outage missed: nothing to catch up with."""
 _NEWS = 0.25
 """Share of the newest round in the shown speeds."""
 
@@ -125,6 +127,11 @@ class Progress:
             codes_up=self.codes_up,
             codes_down=self.codes_down,
         )
+
+
+def coming(records: int) -> int:
+    """Estimate the rounds in the part of the log that is still to come: each is an opening and a sealing."""
+    return records // 2 if records > _FEW_RECORDS else 0
 
 
 def _smooth(old: float, new: float) -> float:

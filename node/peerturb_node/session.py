@@ -40,7 +40,7 @@ from peerturb_node.events import Events
 from peerturb_node.identity import Identity
 from peerturb_node.link import Link, LinkDown, LinkEvent, LinkUp, Received, Traffic
 from peerturb_node.local import LocalLog, replay_into
-from peerturb_node.progress import Progress
+from peerturb_node.progress import Progress, coming
 from peerturb_node.settings import NodeSettings
 from peerturb_node.worker import Done, Failed, Worker
 
@@ -232,7 +232,7 @@ class Node:
                         slot=message.slot,
                         position=status.position,
                         head=message.head,
-                        behind=status.rounds_sealed - status.rounds_applied,
+                        behind=status.rounds_sealed - status.rounds_applied + coming(message.head - status.position),
                     )
                 elif isinstance(message, Refusal):
                     self._events.emit("refused", code=message.code.name.lower(), why=message.why)

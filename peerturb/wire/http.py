@@ -1,7 +1,8 @@
 """A small HTTP server beside a coordinator or a node: health, readiness, and pages that their program adds.
 
 Read-only and safe to show: GET and HEAD alone, no cookies, no file that is not named here. A handler that fails answers
-500 and is told to `on_failure`; nothing of it reaches what the process is there for. It knows no page.
+500 and is told to `on_failure`; nothing of it reaches what the process is there for. Connections are bounded
+(`peerturb.wire.http_site`). It knows no page.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
@@ -10,6 +11,7 @@ from aiohttp import web
 
 from peerturb.errors import UnreachableError
 from peerturb.wire.channel import join_address, split_address
+from peerturb.wire.http_site import BoundedSite
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -55,6 +57,7 @@ class HttpServer:
         for path, handler in [("/healthz", self._health), ("/readyz", self._ready), *routes]:
             self._app.router.add_get(path, handler)
         self._runner: web.AppRunner | None = None
+        self._site: BoundedSite | None = None
         self.address = ""
         """Where it answers, once started."""
 
@@ -70,15 +73,16 @@ class HttpServer:
             max_line_size=HEADER_BYTES_MAX, max_field_size=HEADER_BYTES_MAX,
         )  # fmt: skip
         await runner.setup()
+        site = BoundedSite(runner, host, port)
         try:
-            await web.TCPSite(runner, host, port).start()
+            await site.start()
         except OSError as error:
             await runner.cleanup()
             raise UnreachableError(
                 f"cannot serve HTTP on {self._listen}: {error.strerror or error}; choose another --http"
             ) from error
-        self._runner = runner
-        self.address = join_address(host, runner.addresses[0][1])
+        self._runner, self._site = runner, site
+        self.address = join_address(host, site.bound_port)
 
     async def stop(self) -> None:
         """Answer no more; harmless when repeated."""
@@ -95,6 +99,9 @@ class HttpServer:
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        site = self._site
+        if site is not None:
+            site.begin(request)
         try:
             return await handler(request)
         except (web.HTTPException, ConnectionError):
@@ -102,6 +109,9 @@ class HttpServer:
         except Exception as error:
             self._on_failure(request.path, error)
             return web.Response(text="this page failed; the program goes on\n", status=500)
+        finally:
+            if site is not None:
+                site.end(request)
 
 
 async def _secured(_request: web.Request, response: web.StreamResponse) -> None:

@@ -44,7 +44,9 @@ sys.exit(cli.run(sys.argv[1:]))
 
 def test_questions_in_a_terminal_are_asked_again_until_the_answer_is_usable(tmp_path: Path) -> None:
     (tmp_path / "topics.jsonl").write_text(TOPICS)
-    with PtyProcess(["init", "--model", str(BASE), "--digest", DIGEST], folder=tmp_path) as terminal:
+    with PtyProcess(["init", "--digest", DIGEST], folder=tmp_path) as terminal:
+        terminal.wait_for(r"Base model.*: ")
+        terminal.type(f"{BASE}\r")
         terminal.wait_for(r"Training data.*\[-\]: ")
         terminal.type("topic.jsonl\r")
         terminal.wait_for(r"did you mean 'topics.jsonl'")
@@ -69,6 +71,7 @@ def test_questions_in_a_terminal_are_asked_again_until_the_answer_is_usable(tmp_
         terminal.wait_for(r"File to write \[RUN.toml\]: ")
         terminal.type("\r")
         assert terminal.end() == 0, terminal.shown
+        assert f"--model {BASE} --data topics.jsonl" in terminal.shown.replace("\r\n", ""), "what can be typed next"
     spec = RunSpec.from_toml(tmp_path / "RUN.toml")
     assert spec.objective.template == "{text} is about\n"
     assert dict(spec.objective.labels) == {"coffee": " beans", "tea": " tea"}

@@ -18,7 +18,10 @@ from tests.integration.network import Network, Program, network, toy_run
 pytestmark = pytest.mark.integration
 
 FIRST = ["time", "level", "event", "run"]
-OF_A_SLOT = {"joined", "behind", "training", "eval", "round", "stop", "leaving", "rebuild", "peer_joined", "peer_left"}
+OF_A_SLOT = {
+    "joined", "behind", "training", "eval", "round", "stop", "leaving", "rebuild", "peer_joined", "peer_left",
+    "peer_away", "peer_back",
+}  # fmt: skip
 OF_A_ROUND = {
     "training",
     "eval",
@@ -117,10 +120,27 @@ def test_every_line_of_a_run_with_a_crash_can_be_read(tmp_path: Path) -> None:
         assert all(later - sooner >= 0.999 for sooner, later in pairwise(rounds))
     told = lines_of(first) + lines_of(second)
     assert {event["event"] for event in told} >= {"serving", "peer_joined", "peer_left", "stopping", "stopped"}
+    assert sorted(event["name"] for event in told if event["event"] == "peer_back") == ["one", "two"]
+    assert not [event for event in told if event["event"] == "peer_away"], "they said goodbye"
     assert FAST_PATH & {event["event"] for event in told} == set()
     everything = "".join(line for program in (first, second, *nodes) for line in program.lines)
     for secret in run.secrets:
         assert secret not in everything
+
+
+def test_a_killed_node_is_said_to_be_away_and_back(tmp_path: Path) -> None:
+    with network(tmp_path, toy_run(deadline_ms=60_000, deadline_ms_max=60_000, lease_ms=60_000)) as net:
+        coordinator = net.start_coordinator()
+        net.start_node("one").wait_for_round(3)
+        two = net.start_node("two")
+        two.wait_for_round(two.wait_for(lambda event: event["event"] == "training")["round"] + 2)
+        two.kill()
+        away = coordinator.wait_for(lambda event: event["event"] == "peer_away")
+        assert net.start_node("two").wait_for(lambda event: event["event"] == "behind")["rounds"] > 0
+        back = coordinator.wait_for(lambda event: event["event"] == "peer_back")
+        assert (away["slot"], away["name"]) == (back["slot"], back["name"]) == (1, "two")
+        assert away["lease_s"] == 60
+        assert [event["name"] for event in coordinator.of("peer_joined")] == ["one", "two"]
 
 
 def test_details_are_lines_of_the_same_form(tmp_path: Path) -> None:

@@ -155,9 +155,10 @@ def test_it_follows_a_run_of_real_processes_through_a_kill(browser: Browser, tmp
         rounds = "Number(document.querySelector('#tiles dd').firstChild.textContent.replaceAll(',', ''))"
         wait_for(browser, f"return {rounds} >= 5 && document.querySelectorAll('#timeline rect').length >= 5")
         assert browser.run("return document.getElementById('state').textContent") == "running"
+        wait_for(browser, "return document.getElementById('duration-text').textContent.includes(' longer than ')")
         before = browser.run(f"return {rounds}")
         ann.kill()
-        wait_for(browser, "return document.body.innerText.includes('away')")
+        wait_for(browser, "return document.getElementById('events').textContent.includes('ann is away')")
         wait_for(browser, f"return {rounds} > {before} + 5")
         shown: str = browser.run("return document.body.innerText")
         assert "bob joined" in shown

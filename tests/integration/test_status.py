@@ -36,3 +36,17 @@ def test_scripts_get_whole_words_and_exit_codes(tmp_path: Path) -> None:
         (peer,) = answer["peers"]
         assert (peer["slot"], peer["name"], peer["state"]) == (0, NAME, "connected")
         assert node.stop() == 0
+
+
+def test_who_forgets_the_fingerprint_is_told_to_give_it(tmp_path: Path) -> None:
+    with network(tmp_path, toy_run()) as net:
+        coordinator = net.start_coordinator("--keys", str(tmp_path / "keys"))
+        asked = net.run("status", "--coordinator", net.address)
+        join = ["node", "run", "--coordinator", net.address, "--compute", "toy"]
+        joined = net.run(*join, "--state", str(tmp_path / "n"), "--wait-s", "1")
+        assert coordinator.stop() == 0
+    assert coordinator.errors == "", "handshakes that fail are no lines beside the log"
+    for refused in (asked, joined):
+        assert refused.returncode == 5
+        assert "TLS" in refused.stderr
+        assert "--fingerprint of its join command" in refused.stderr

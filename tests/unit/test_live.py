@@ -57,6 +57,7 @@ def test_a_long_run_stays_small_and_keeps_its_ends() -> None:
     assert [one.round for one in history.timeline] == list(range(rounds - TIMELINE_MAX, rounds))
     assert len(history.evaluations) < POINTS_MAX
     assert history.evaluations[0][0] == 0
+    assert history.evaluations[-1][0] == rounds - 1, "the metrics' newest one"
     assert history.evaluations_seen == rounds
 
 
@@ -65,12 +66,15 @@ def test_members_come_and_go_by_name() -> None:
     history.hear(PeerJoined(slot=Slot(0), key=PeerKey(bytes(32)), name="ann"), at_s=1.0)
     history.hear(PeerLeft(slot=Slot(0), reason=LeaveReason.LEASE_EXPIRED), at_s=2.0)
     history.hear(PeerJoined(slot=Slot(0), key=PeerKey(bytes(32)), name="ann"), at_s=3.0)
-    assert [row[2] for row in history.events] == ["joined", "lease expired", "came back"]
+    history.stand(Slot(0), is_there=False, at_s=4.0)
+    history.stand(Slot(0), is_there=True, at_s=5.0)
+    told = ["joined", "lease expired", "came back", "is away", "is back"]
+    assert [row[2] for row in history.events] == told
     assert {tuple(row[3:]) for row in history.events} == {(0, "ann")}
     for slot in range(200):
         history.hear(PeerJoined(slot=Slot(slot), key=PeerKey(bytes(32)), name=""))
     assert len(history.events) == EVENTS_MAX
-    assert history.events_seen == 203
+    assert history.events_seen == 205
 
 
 class View:
@@ -147,22 +151,30 @@ async def test_a_page_that_fails_lets_its_watchers_go_and_begins_anew() -> None:
 
 
 def test_a_monitor_that_fails_is_told_once_and_heard_no_more() -> None:
-    stream, heard = io.StringIO(), list[Record]()
+    stream, heard, stood = io.StringIO(), list[Record](), list[Slot]()
 
     class Broken:
         def hear(self, record: Record, **_: object) -> None:
             raise ZeroDivisionError("on purpose")
 
+        def stand(self, slot: Slot, **_: object) -> None:
+            pytest.fail("it is heard no more")
+
     class Sound:
         def hear(self, record: Record, **_: object) -> None:
             heard.append(record)
+
+        def stand(self, slot: Slot, **_: object) -> None:
+            stood.append(slot)
 
     watchers = Watchers(Events(stream, as_json=True))
     watchers.add(Broken())
     watchers.add(Sound())
     for number in range(3):
         watchers.hear(opened(number), now_ms=0, at_s=0.0, reason="")
+    watchers.stand(Slot(5), is_there=False, at_s=0.0)
     assert len(heard) == 3
+    assert stood == [Slot(5)]
     [line] = stream.getvalue().splitlines()
     assert json.loads(line)["event"] == "monitor_failed"
     assert json.loads(line)["monitor"] == "Broken"
@@ -170,6 +182,8 @@ def test_a_monitor_that_fails_is_told_once_and_heard_no_more() -> None:
 
 def test_traffic_counts_messages_and_their_framing() -> None:
     traffic = Traffic()
+    assert set(traffic.bytes.values()) == set(traffic.messages.values()) == {0}, "series begin at nothing"
+    assert len(traffic.bytes) == len(traffic.messages) == 7
     traffic.count("up", "contribution", 100)
     traffic.count("up", "hello", 10)
     traffic.count("down", "records", 1_000)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from peerturb_node.events import KINDS
+from peerturb_node.events import KINDS, Event, Events
 from peerturb_node.metrics import Metrics
+from peerturb_node.progress import coming
 from tests.conftest import REPOSITORY
 
 SCRIPT = runpy.run_path(str(REPOSITORY / "scripts" / "metrics_page.py"))
@@ -59,6 +60,10 @@ async def test_the_names_of_the_design_are_there() -> None:
         "peerturb_apply_seconds", "peerturb_probe_seconds", "peerturb_digest_mismatch_total", "peerturb_rejects_total",
         "peerturb_tokens_total",
     }  # fmt: skip
+
+
+def test_rounds_to_come_are_estimated_from_the_records() -> None:
+    assert [coming(records) for records in (0, 3, 8, 134)] == [0, 0, 0, 67]
 
 
 class Node:
@@ -126,6 +131,26 @@ def test_each_event_moves_its_figures() -> None:
     assert node.value("peerturb_rejects_total", code="digest_mismatch") == 1
     assert node.value("peerturb_digest_mismatch_total") == 1
     assert node.value("peerturb_checkpoints_total") == 1
+
+
+def test_metrics_that_fail_are_not_ready_and_stop_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    node, heard = Node(), list[Event]()
+
+    class Sound:
+        def emit(self, event: Event) -> None:
+            heard.append(event)
+
+        def close(self) -> None:
+            pass
+
+    events = Events(node.metrics, Sound())
+    events.emit("training", round=0, seconds=0.1)
+    assert node.metrics.why_not == ""
+    events.emit("round", **applied(1) | {"ms": "not a number"})
+    events.emit("training", round=2, seconds=0.1)
+    assert "metrics failed and stand still" in node.metrics.why_not, "they say so for good"
+    assert len(heard) == 3
+    assert capsys.readouterr().err.count("switched off") == 1
 
 
 @pytest.mark.parametrize("address", ["7471", "host:", "host:99999", ":7471"])

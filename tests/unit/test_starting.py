@@ -230,7 +230,7 @@ def test_without_torch_the_digest_and_an_unknown_size_must_be_given() -> None:
         talk(Given(model="owner/model"), Silent("nobody is asked"), None)
     with pytest.raises(SpecError, match=r"--size must be given"):
         talk(Given(model="owner/model", digest=DIGEST), Silent("nobody is asked"), None)
-    found, _ = talk(Given(model="owner/model", digest=DIGEST, size="1.1B"), Silent("nobody is asked"), None)
+    found, _, _ = talk(Given(model="owner/model", digest=DIGEST, size="1.1B"), Silent("nobody is asked"), None)
     assert (found.parameters, found.model, found.name) == (1_100_000_000, "owner/model", "model")
 
 

@@ -74,7 +74,8 @@ async def _ask(address: str, trust: Any, token: str) -> "pb.RunStatus":
                 raise RefusedError(RejectCode.BAD_TOKEN, why) from error
             raise UnreachableError(
                 f"{address} does not answer as a coordinator: {error.details() or error.code().name}; "
-                "is it running there, with TLS or --insecure as you ask?"
+                "is it running there? With TLS it needs the --fingerprint of its join command, without TLS on another "
+                "computer --insecure"
             ) from error
 
 

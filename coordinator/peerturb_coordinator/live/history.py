@@ -124,6 +124,10 @@ class History:
             case _:
                 pass
 
+    def stand(self, slot: Slot, *, is_there: bool, at_s: float) -> None:
+        """Take in that a member's session is lost or stands again; see `Watcher`."""
+        self._event(at_s, "is back" if is_there else "is away", slot, self._names.get(slot, ""))
+
     def _sealed(self, record: RoundSealed, now_ms: int | None, reason: str) -> None:
         one = Sealed(
             round=record.round,
@@ -145,7 +149,7 @@ class History:
         self.evaluations.append([record.round, loss, record.accuracy, record.examples, record.slot])
         self.evaluations_seen += 1
         if len(self.evaluations) >= POINTS_MAX:
-            del self.evaluations[1::2]
+            del self.evaluations[1:-1:2]  # the first and the newest stay
 
     def _event(self, at_s: float | None, what: str, slot: Slot | None, name: str) -> None:
         self.events.append([at_s, self.rounds, what, slot, name])

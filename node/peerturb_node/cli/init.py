@@ -77,7 +77,7 @@ def init(
         name=name, seed=seed,
     )  # fmt: skip
     named = None if out is None else _checked(str(out), force=force)  # told before the questions
-    answers, columns = talk(given, asker, _weigh())
+    answers, source, columns = talk(given, asker, _weigh())
     target = named or given_or(
         asker, None, "File to write", "--out", "RUN.toml", lambda text: _checked(text, force=force)
     )  # fmt: skip
@@ -87,7 +87,7 @@ def init(
     text = run_text(answers)
     spec = _proved(text, columns)
     _write(target, text, force=force)
-    _report(target, spec, model=given.model or answers.model, columns=columns, as_json=as_json)
+    _report(target, spec, model=source, columns=columns, as_json=as_json)
 
 
 def _weigh() -> "Weigh | None":

@@ -47,8 +47,8 @@ class Given:
     seed: int = 0
 
 
-def talk(given: Given, asker: Asker, weigh: Weigh | None) -> tuple[Answers, Columns | None]:
-    """Ask what is not given; return the answers and what was seen of the data.
+def talk(given: Given, asker: Asker, weigh: Weigh | None) -> tuple[Answers, str, Columns | None]:
+    """Ask what is not given; return the answers, where the model lies (folder or hub name), and what the data show.
 
     Args:
         given: the command line.
@@ -73,7 +73,7 @@ def talk(given: Given, asker: Asker, weigh: Weigh | None) -> tuple[Answers, Colu
                       one_of(_FAMILIES, "--family"))  # fmt: skip
     rounds = given_or(asker, given.rounds, "Rounds (0: until stopped)", "--rounds", str(preset(1).rounds), _read_rounds)
     answers = replace(answers, family=family, rounds=rounds)
-    return _weighed(given, asker, weigh, base, answers), data
+    return _weighed(given, asker, weigh, base, answers), base.source, data
 
 
 def _objective(given: Given, asker: Asker, kind: str, data: Columns | None, proposal: Proposal) -> Answers:

@@ -124,7 +124,18 @@ function showCurves() {
     byId("accuracy-text").textContent = newest;
     byId("accuracy-chart").replaceChildren(curve(`held-out accuracy: ${newest}`, wide("accuracy-chart"), [], accuracies));
   }
-  byId("duration-chart").replaceChildren(curve("seconds from opening to sealing, over rounds", wide("duration-chart"), durations, [], true));
+  const { rows, text } = withoutRare(durations);
+  byId("duration-text").textContent = `opening to sealing, since this coordinator started${text}`;
+  byId("duration-chart").replaceChildren(curve(`seconds from opening to sealing, over rounds${text}`, wide("duration-chart"), rows, [], true));
+}
+
+/** Cut off what lies far above the usual: a round that waited for its first peer leaves nothing else to be seen. */
+function withoutRare(rows) {
+  const values = rows.map(([, value]) => value).sort((one, two) => one - two);
+  const most = values.length < 20 ? Infinity : 3 * values[Math.floor(0.95 * (values.length - 1))];
+  const longer = values.filter((value) => value > most).length;
+  const text = longer ? `; ${longer} longer than ${short(most)} s, at most ${short(values.at(-1))} s` : "";
+  return { rows: rows.map(([round, value]) => [round, Math.min(value, most)]), text };
 }
 
 function showTimeline() {
