@@ -19,7 +19,11 @@ from tests.simulation.scenario_small import SMALL, write
         ('kind = "partition"', 'kind = "flood"', r"faults.1.kind.*partition"),
         ("count = 12", "count = 0", r"round.count \(line 7\): 0 is a run without an end: give"),
         ("count = 12", "cuont = 12", r"round.cuont \(line 7\): there is no such key: did you mean 'count'"),
-        ("down_s = 2", "colour = 2", r"peers.0.colour \(line 20\): .* leave it out, or take one of apply_ms, codes_per_s, count"),
+        (
+            "down_s = 2",
+            "colour = 2",
+            r"peers.0.colour \(line 20\): .* leave it out, or take one of apply_ms, codes_per_s, count",
+        ),
         ("down_s = 2", "life = { arive_s = [0, 1] }", r"life.arive_s \(line 20\): .* did you mean 'arrive_s'"),
         ("down_s = 2", "line = { latencyms = 1 }", r"latencyms \(line 20\): .* did you mean 'latency_ms'"),
         ("down_s = 2", 'lie = "randm"', r"peers.0.lie \(line 20\): Input should be 'random', "),
