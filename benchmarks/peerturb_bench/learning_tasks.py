@@ -90,17 +90,17 @@ def shakespeare_case() -> Case:
 
 TASKS = (
     LearningTask(
-        name="code model on English pages", case=docs_case, spsa_rate=2e-2, probes=64, examples=32,
+        name="code model on English pages", case=docs_case, spsa_rate=5e-3, probes=64, examples=32,
         exact_rates={1_024: 0.05, 4_096: 0.2, 16_384: 0.4}, carried=(4_096, 0.2, 0.9), mezo_rate=1e-5, adamw_rate=1e-3,
     ),
     LearningTask(
         name="stories3m on tinyshakespeare", case=shakespeare_case, spsa_rate=1.5e-3, probes=96, examples=32,
-        exact_rates={1_024: 0.02, 4_096: 0.08, 16_384: 0.2}, carried=(4_096, 0.08, 0.9),
+        exact_rates={1_024: 0.006, 4_096: 0.012, 16_384: 0.03}, carried=(4_096, 0.012, 0.9),
         mezo_rate=1e-6, adamw_rate=3e-4,
     ),
     LearningTask(
         name="stories3m on TREC", case=trec_case, spsa_rate=3e-3, probes=96, examples=32,
-        exact_rates={1_024: 0.01, 4_096: 0.04, 16_384: 0.1}, carried=(4_096, 0.04, 0.9),
+        exact_rates={1_024: 0.006, 4_096: 0.015, 16_384: 0.04}, carried=(4_096, 0.015, 0.9),
         mezo_rate=1e-6, adamw_rate=3e-4,
     ),
 )  # fmt: skip
