@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peerturb.codec import encode, rounding_noise
 from peerturb.errors import DataError
 from peerturb.ids import RoundNumber, Slot
 from peerturb.spec import RunSpec
 from peerturb.zo.batch import Evaluator
 from peerturb.zo.data import Draw
 from peerturb.zo.gradients import Activations, Backward, is_finite
-from peerturb.zo.probe import ProbeResult
+from peerturb.zo.probe import ProbeResult, encoded
 from peerturb.zo.projection import Projector
 
 Item = TypeVar("Item")
@@ -98,12 +97,7 @@ class ExactEngine(Generic[Item]):
         There are no codes, and no loss, if it is stopped before the gradient is whole.
         """
         measured = self.measure(round_number, slot=slot, count=count, should_stop=should_stop)
-        gradients = self.projected_gradients(measured)
-        rounding, noise = self.spec.perturbation.rounding, None
-        if rounding == "stochastic":
-            samples = np.arange(len(gradients), dtype=np.uint64)
-            noise = rounding_noise(run_key=self.spec.run_key, slot=slot, round=round_number, samples=samples)
-        codes = encode(gradients, scale, rounding=rounding, noise=noise)
+        codes = encoded(self.projected_gradients(measured), self.spec, round_number, slot=slot, scale=scale)
         return ProbeResult(codes=codes, loss=measured.loss, tokens=measured.tokens)
 
     def projected_gradients(self, measured: Projections) -> NDArray[np.float64]:

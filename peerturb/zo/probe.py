@@ -83,6 +83,17 @@ class ProbeResult:
     tokens: int
 
 
+def encoded(
+    gradients: NDArray[np.float64], spec: RunSpec, round_number: RoundNumber, *, slot: Slot, scale: float
+) -> NDArray[np.int8]:
+    """Return the codes of samples 0..n-1 from their projected gradients, rounded as the run says."""
+    rounding, noise = spec.perturbation.rounding, None
+    if rounding == "stochastic":
+        samples = np.arange(len(gradients), dtype=np.uint64)
+        noise = rounding_noise(run_key=spec.run_key, slot=slot, round=round_number, samples=samples)
+    return encode(gradients, scale, rounding=rounding, noise=noise)
+
+
 class ProbeEngine(Generic[Item]):
     """A model with its objective, a node's private examples and the rules of a run.
 
@@ -146,13 +157,7 @@ class ProbeEngine(Generic[Item]):
         The micro-batch of sample 0 is measured, whatever `should_stop` says.
         """
         measured = self.measure(round_number, slot=slot, count=count, should_stop=should_stop)
-        gradients = self.projected_gradients(measured)
-        rounding = self.spec.perturbation.rounding
-        noise = None
-        if rounding == "stochastic":
-            samples = np.arange(len(gradients), dtype=np.uint64)
-            noise = rounding_noise(run_key=self.spec.run_key, slot=slot, round=round_number, samples=samples)
-        codes = encode(gradients, scale, rounding=rounding, noise=noise)
+        codes = encoded(self.projected_gradients(measured), self.spec, round_number, slot=slot, scale=scale)
         return ProbeResult(codes=codes, loss=measured.loss, tokens=measured.tokens)
 
     def projected_gradients(self, measured: Measurement) -> NDArray[np.float64]:

@@ -1,10 +1,12 @@
 """When a node gives way to other work: the rule in numbers, and what is asked of the machine."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import psutil
@@ -174,3 +176,61 @@ def test_a_card_without_the_drivers_package_is_told_with_its_remedy(monkeypatch:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(SpecError, match=r"nvidia-ml-py.*peerturb\[idle\]"):
         CardLoad("0" * 8)
+
+
+class FakeCard:
+    """Answers like NVML: the samples since a time, or that there are none."""
+
+    class NVMLError(Exception):
+        pass
+
+    class NVMLError_NotFound(NVMLError):
+        pass
+
+    def __init__(self, running: list[int]) -> None:
+        self.samples: list[tuple[int, int, int]] = []
+        self.running, self.is_open = running, False
+
+    def nvmlInit(self) -> None:
+        self.is_open = True
+
+    def nvmlShutdown(self) -> None:
+        self.is_open = False
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        return uuid
+
+    def nvmlDeviceGetComputeRunningProcesses(self, card: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid) for pid in self.running]
+
+    def nvmlDeviceGetProcessUtilization(self, card: str, since: int) -> list[SimpleNamespace]:
+        rows = [SimpleNamespace(pid=pid, timeStamp=at, smUtil=used) for pid, at, used in self.samples if at > since]
+        if not rows:
+            raise self.NVMLError_NotFound
+        return rows
+
+
+def test_a_card_s_load_is_the_newest_sample_of_each_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peerturb_node.idle.sampling import CardLoad
+
+    card = FakeCard(running=[os.getpid(), 1])
+    monkeypatch.setitem(sys.modules, "pynvml", card)
+    load = CardLoad("0" * 8)
+    assert load.percent() == 0
+    card.samples = [(1, 20, 30), (1, 10, 90), (2, 15, 5), (os.getpid(), 20, 60)]
+    assert load.percent() == 35
+    assert load.percent() == 0, "samples count once"
+    card.samples += [(1, 30, 80), (2, 30, 70)]
+    assert load.percent() == 100
+    load.close()
+    assert not card.is_open
+
+
+def test_a_card_that_hides_process_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peerturb_node.idle.sampling import CardLoad
+
+    card = FakeCard(running=[1])
+    monkeypatch.setitem(sys.modules, "pynvml", card)
+    with pytest.raises(SpecError, match="--pid=host"):
+        CardLoad("0" * 8)
+    assert not card.is_open
